@@ -1,0 +1,56 @@
+"""What a credit rule is: it writes per-token signals onto samples, and may ask other models for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from tutelage.losses.base import Metrics
+from tutelage.spec import Spec
+from tutelage.types import Sample, Signal
+
+
+class Scorer(Protocol):
+    """A model that is only asked, never trained here."""
+
+    name: str
+
+    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
+        """One signal a sample at its trained positions: ``logp`` [T_sel] of the sampled tokens under ``temperature``,
+        or ``hidden`` [T_sel, D], the final hidden states before the output head."""
+        ...
+
+    @property
+    def head(self) -> Any:
+        """The output head: ``head(hidden [m, D]) -> logits [m, V]`` in fp32, cut to the true vocabulary."""
+        ...
+
+
+@dataclass
+class CreditContext:
+    """What a credit rule may ask."""
+
+    temperature: float
+    """of the sampling: whoever is compared is scored under the same."""
+    teachers: dict[str, Scorer] = field(default_factory=dict)
+    """domain -> its teacher"""
+
+
+class Credit(Spec):
+    """Base of all credit rules."""
+
+    scope: ClassVar[Literal["group", "step"]] = "step"
+    """Whether `assign` may be called on one group as soon as it is whole, or wants the whole step."""
+
+    def needs(self) -> frozenset[str]:
+        """``reward`` and signals that must be there before."""
+        return frozenset()
+
+    def gives(self) -> frozenset[str]:
+        """Names of the signals it writes."""
+        return frozenset()
+
+    async def assign(self, samples: Sequence[Sample], ctx: CreditContext) -> tuple[list[Sample], Metrics]:
+        """Writes signals in place and returns the samples worth training on, with metrics."""
+        raise TypeError(f"{type(self).__name__} is abstract")

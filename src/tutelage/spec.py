@@ -1,0 +1,299 @@
+"""Spec: a frozen object that is its own configuration, with a JSON form, a fingerprint and overrides.
+
+A spec is parsed and typed by pydantic, compared by identity, and known by its *kind*: the dotted path of its class, short
+(``losses.policy.DAPO``) inside this package. A record is the JSON form: every nested spec is an object with a ``kind``.
+Fingerprints leave out fields equal to their default (a new field does not invalidate a store; a changed default needs a
+version bump) and fields marked `unkeyed` (names, threads, devices).
+
+Leaves out: edges between stages and their keys (graph.py) and where results live (store.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+PACKAGE = __name__.rpartition(".")[0]
+ROOMS = ("losses", "credit", "verify", "rollout", "text", "learn", "model", "stages")
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; the message names the thing and the fix. The CLI prints it and exits with 2."""
+
+
+class SpecError(UserError, ValueError):
+    """A record, field or kind that is not valid."""
+
+
+def unkeyed(default: Any = ..., **facts: Any) -> Any:
+    """A field that changes where or how fast a stage runs, never what it makes, and so stays out of its key."""
+    return Field(default, json_schema_extra={"unkeyed": True}, **facts)
+
+
+def outside(default: Any = ..., **facts: Any) -> Any:
+    """A field that holds a path outside the store; it is keyed by the content found there, not by its name."""
+    return Field(default, json_schema_extra={"outside": True}, **facts)
+
+
+class Spec(BaseModel):
+    """Base of everything that can be written in a recipe. Raises `SpecError` on load, pydantic's error on construction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    version: ClassVar[int] = 1
+    """Bump when the class computes something else than before: what it made is then made again."""
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @classmethod
+    def kind(cls) -> str:
+        module = cls.__module__.removeprefix(PACKAGE + ".")
+        return f"{module}.{cls.__qualname__}"
+
+    def __repr__(self) -> str:  # never walks the graph: a chain of a thousand stages must print too
+        return f"<{self.kind()} {getattr(self, 'name', '')}>"
+
+    __str__ = __repr__
+
+
+def flags(cls: type[Spec], name: str) -> dict[str, Any]:
+    extra = cls.model_fields[name].json_schema_extra
+    return extra if isinstance(extra, dict) else {}
+
+
+def suggest(word: str, valid: Iterable[str]) -> str:
+    """``; did you mean X? Valid: ...`` for an unknown word."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(word, names, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} valid: {', '.join(names) or 'none'}"
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def kinds() -> dict[str, str]:
+    """Short class name -> kind, for every spec class of this package and of ``tutelage.specs`` entry points.
+
+    Reads source instead of importing it, so that planning stays fast.
+    """
+    found: dict[str, str] = {}
+    root = Path(__file__).parent
+    for room in ROOMS:
+        for file in sorted((root / room).glob("*.py")):
+            for node in ast.parse(file.read_text("utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.bases and not node.name.startswith("_"):
+                    found[node.name] = f"{room}.{file.stem}.{node.name}"
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="tutelage.specs"):
+        found[point.name] = point.value.replace(":", ".")
+    return found
+
+
+def resolve_kind(kind: str) -> type[Spec]:
+    """The class of a kind (``losses.policy.DAPO``) or of a short name (``DAPO``); raises `SpecError`."""
+    path = kinds().get(kind, kind) if "." not in kind else kind
+    module, _, name = path.rpartition(".")
+    for full in (f"{PACKAGE}.{module}", module):
+        try:
+            if not module or importlib.util.find_spec(full) is None:
+                continue
+        except ModuleNotFoundError:
+            continue
+        cls = getattr(importlib.import_module(full), name, None)
+        if isinstance(cls, type) and issubclass(cls, Spec):
+            return cls
+    raise SpecError(f"unknown kind {kind!r}{suggest(kind.rpartition('.')[2], kinds())}")
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def dump(value: Any, edge: Callable[[Spec], Any]) -> Any:
+    """The JSON form of a spec or field value. ``edge`` writes what it knows (returns None for the rest)."""
+    if isinstance(value, Spec):
+        written = edge(value)
+        if written is not None:
+            return written
+        fields = {n: dump(getattr(value, n), edge) for n in type(value).model_fields}
+        return {"kind": value.kind(), **fields}
+    if isinstance(value, (tuple, list)):
+        return [dump(v, edge) for v in value]
+    if isinstance(value, dict):
+        return {k: dump(v, edge) for k, v in value.items()}
+    return value
+
+
+def load(value: Any, edge: Callable[[dict], Any], where: str = "") -> Any:
+    """The inverse of `dump`: objects with a ``kind`` become specs, lists become tuples. Raises `SpecError`."""
+    if isinstance(value, dict):
+        found = edge(value)
+        if found is not None:
+            return found
+        fields = {k: load(v, edge, f"{where}.{k}" if where else k) for k, v in value.items() if k != "kind"}
+        return build(resolve_kind(value["kind"]), fields, where) if "kind" in value else fields
+    if isinstance(value, list):
+        return tuple(load(v, edge, f"{where}.{i}") for i, v in enumerate(value))
+    return value
+
+
+def build(cls: type[Spec], fields: dict[str, Any], where: str = "") -> Spec:
+    """``cls(**fields)``, with an error that names the field, what is valid and the nearest match."""
+    try:
+        return cls(**fields)
+    except ValidationError as error:
+        raise SpecError(explain(error, cls, where)) from None
+
+
+def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> str:
+    """pydantic's findings as one line each, in this project's words."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(p) for p in (where, *item["loc"]) if str(p))
+        last = str(item["loc"][-1]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown field {path!r}{suggest(last, cls.model_fields)}")
+        elif item["type"] == "missing":
+            lines.append(f"missing field {path!r}")
+        else:
+            got = item["input"] if isinstance(item["input"], (str, int, float, bool, type(None))) else "..."
+            lines.append(f"{path or cls.__name__}: {item['msg']} (got {got!r})")
+    return "\n".join(lines)
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def canonical(value: Any, edge: Callable[[Spec], Any]) -> Any:
+    """What identifies a value: kinds, versions and non-default keyed fields. ``edge`` as in `dump`."""
+    if isinstance(value, Spec):
+        written = edge(value)
+        if written is not None:
+            return written
+        cls = type(value)
+        form: dict[str, Any] = {"kind": cls.kind(), "version": cls.version, **foreign_code(cls)}
+        for name, info in cls.model_fields.items():
+            fact, flag = getattr(value, name), flags(cls, name)
+            if flag.get("unkeyed") or (not info.is_required() and _same(fact, info.get_default(call_default_factory=True))):
+                continue
+            form[name] = content_hash(Path(fact)) if flag.get("outside") else canonical(fact, edge)
+        return form
+    if isinstance(value, (tuple, list)):
+        return [canonical(v, edge) for v in value]
+    if isinstance(value, dict):
+        return {k: canonical(value[k], edge) for k in sorted(value)}
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal as configurations (specs compare by identity, so their forms are compared)."""
+    if isinstance(a, Spec) or isinstance(b, Spec):
+        if not (isinstance(a, Spec) and isinstance(b, Spec)):
+            return False
+        return a is b or (type(a) is type(b) and all(_same(getattr(a, n), getattr(b, n)) for n in type(a).model_fields))
+    return type(a) is type(b) and a == b
+
+
+def digest(form: Any) -> str:
+    """Hex digest of a JSON form."""
+    text = json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@cache
+def foreign_code(cls: type) -> dict[str, str]:
+    """User classes are keyed by the source of their module; ours by their version."""
+    if cls.__module__.partition(".")[0] == PACKAGE:
+        return {}
+    try:
+        source = inspect.getsource(sys.modules[cls.__module__])
+    except (OSError, TypeError):
+        return {}
+    return {"code": hashlib.blake2b(source.encode(), digest_size=16).hexdigest()}
+
+
+def content_hash(path: Path) -> str:
+    """Digest of a file, or of a folder's relative names and bytes. Raises `UserError` where nothing is."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give the path of a file or folder that does")
+    total = hashlib.blake2b(digest_size=16)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        total.update(str(file.relative_to(path) if file != path else "").encode() + b"\0")
+        with file.open("rb") as handle:
+            total.update(hashlib.file_digest(handle, "blake2b").digest())
+    return total.hexdigest()
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def parse_set(expression: str) -> tuple[str, Any]:
+    """``a.b=value`` -> (``a.b``, value); the value is JSON where it parses as JSON, else text."""
+    path, eq, text = expression.partition("=")
+    if not eq or not path.strip():
+        raise SpecError(f"--set {expression!r} is not of the form path=value, such as sft.steps=200")
+    try:
+        return path.strip(), json.loads(text)
+    except json.JSONDecodeError:
+        return path.strip(), text
+
+
+def override(record: dict[str, Any], path: str, value: Any) -> None:
+    """Sets ``stage.field.sub`` in the stages of a record, in place. Raises `SpecError` naming what is there."""
+    stages = record["stages"]
+    name, *rest = path.split(".")
+    for cut in range(len(path.split(".")), 0, -1):  # stage names may hold dots
+        head = ".".join(path.split(".")[:cut])
+        if head in stages:
+            name, rest = head, path.split(".")[cut:]
+            break
+    else:
+        raise SpecError(f"unknown stage {name!r} in --set {path}{suggest(name, stages)}")
+    if not rest:
+        raise SpecError(f"--set {path}: name a field of the stage{suggest('', stages[name])}")
+    spot = stages[name]
+    for part in rest[:-1]:
+        spot = _enter(spot, part, path)
+    _enter(spot, rest[-1], path)
+    if isinstance(value, str) and value in kinds() and isinstance(spot, dict):
+        value = {"kind": kinds()[value]}
+    if isinstance(spot, list):
+        spot[int(rest[-1])] = value
+    else:
+        spot[rest[-1]] = value
+
+
+def _enter(spot: Any, part: str, path: str) -> Any:
+    if isinstance(spot, list) and part.isdigit() and int(part) < len(spot):
+        return spot[int(part)]
+    if isinstance(spot, dict) and part in spot:
+        return spot[part]
+    valid = [k for k in spot if k != "kind"] if isinstance(spot, dict) else []
+    raise SpecError(f"unknown field {part!r} in --set {path}{suggest(part, valid)}")
+
+
+def walk(value: Any, path: str = "") -> Iterator[tuple[str, Spec]]:
+    """Every spec directly inside a value, with its dotted path; does not enter the specs it yields."""
+    if isinstance(value, Spec):
+        yield path, value
+    elif isinstance(value, (tuple, list)):
+        for i, v in enumerate(value):
+            yield from walk(v, f"{path}.{i}" if path else str(i))
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            yield from walk(v, f"{path}.{k}" if path else str(k))

@@ -1,0 +1,218 @@
+"""The store: artifacts by key, published atomically; work in progress; runs; one event file per process.
+
+Layout::
+
+    format                  {"format": 1}
+    artifacts/KEY/          artifact.json, metrics.jsonl, one folder per port (a Hugging Face folder, Parquet, scores)
+    work/KEY/               the same while it is being made, with checkpoint-STEP/
+    runs/RUN.json           what a run was asked for and which keys answer it
+    events/HOST-PID.jsonl   what happened, in order, per process
+    locks/KEY.lock
+
+An artifact is visible when its folder has been renamed into ``artifacts``; its content is on disk before that.
+Keys and artifacts are all the store knows: it has no idea of stages. Leaves out: garbage collection and verification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tutelage.spec import UserError, content_hash, suggest
+
+FORMAT = 1
+
+
+class Store:
+    """A folder of artifacts. Raises `UserError` where it cannot be used."""
+
+    def __init__(self, root: str | Path, create: bool = True):
+        self.root = Path(root).expanduser().resolve()
+        mark = self.root / "format"
+        if mark.exists():
+            found = _read_json(mark).get("format")
+            if found != FORMAT:
+                raise UserError(f"the store {self.root} has format {found}, this version reads {FORMAT}; use another --store")
+        elif create:
+            if self.root.is_dir() and any(self.root.iterdir()):
+                raise UserError(f"{self.root} is neither empty nor a store; give --store another folder")
+            try:
+                for part in ("artifacts", "work", "runs", "events", "locks"):
+                    (self.root / part).mkdir(parents=True, exist_ok=True)
+                write_json(mark, {"format": FORMAT})
+            except OSError as error:
+                raise UserError(f"cannot make a store in {self.root}: {error.strerror}; give --store another folder") from None
+
+    # --- artifacts ---
+
+    def has(self, key: str) -> bool:
+        return (self.root / "artifacts" / key / "artifact.json").exists()
+
+    def folder(self, key: str) -> Path:
+        """Where a published stage lies."""
+        return self.root / "artifacts" / key
+
+    def path(self, key: str, port: str, step: int | None = None) -> Path:
+        """The payload of a port; with ``step``, a checkpoint of its series."""
+        return self.folder(key) / (port if step is None else f"{port}@{step}")
+
+    def meta(self, key: str) -> dict[str, Any]:
+        """The ``artifact.json`` of a published stage. Raises `UserError` where there is none."""
+        if not self.has(key):
+            raise UserError(f"no artifact {key} in {self.root}")
+        return _read_json(self.folder(key) / "artifact.json")
+
+    def metrics(self, key: str) -> list[dict[str, Any]]:
+        """The metric lines of a stage, published or in progress."""
+        for part in ("artifacts", "work"):
+            file = self.root / part / key / "metrics.jsonl"
+            if file.exists():
+                return list(read_jsonl(file))
+        return []
+
+    def find(self, text: str) -> str:
+        """The key that a key prefix or a stage name stands for (the newest of that name). Raises `UserError`."""
+        keys = [p.name for p in (self.root / "artifacts").glob("*") if (p / "artifact.json").exists()]
+        near = [k for k in keys if k.startswith(text)] if len(text) >= 4 else []
+        if len(near) == 1:
+            return near[0]
+        if near:
+            raise UserError(f"{text!r} begins several keys: {', '.join(near[:5])}; give more of it")
+        metas = [self.meta(k) for k in keys]
+        named = [m for m in metas if m["name"] == text]
+        if not named:
+            raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {m['name'] for m in metas})}")
+        return max(named, key=lambda m: m["finished"])["key"]
+
+    # --- work in progress ---
+
+    def work(self, key: str) -> Path:
+        folder = self.root / "work" / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def publish(self, key: str, meta: dict[str, Any]) -> None:
+        """Moves finished work into the artifacts: content hashed, written through to disk, then one rename."""
+        work = self.root / "work" / key
+        for stale in work.glob("checkpoint-*"):
+            shutil.rmtree(stale)
+        ports = sorted(p for p in work.iterdir() if p.is_dir())
+        meta = {**meta, "key": key, "content": {p.name: content_hash(p) for p in ports}}
+        write_json(work / "artifact.json", meta)
+        _sync(work)
+        os.replace(work, self.folder(key))
+        _sync_dir(self.root / "artifacts")
+
+    @contextmanager
+    def lock(self, key: str) -> Iterator[None]:
+        """Holds the right to make a key; waits while another process makes it."""
+        from filelock import FileLock
+
+        with FileLock(self.root / "locks" / f"{key}.lock"):
+            yield
+
+    # --- runs and events ---
+
+    def save_run(self, run: str, body: dict[str, Any]) -> None:
+        write_json(self.root / "runs" / f"{run}.json", body)
+
+    def runs(self) -> list[str]:
+        """Names of the runs, oldest first."""
+        files = sorted((self.root / "runs").glob("*.json"), key=lambda p: p.stat().st_mtime)
+        return [f.stem for f in files]
+
+    def load_run(self, run: str) -> dict[str, Any]:
+        """A run by name, by a recipe's name (its newest), or ``last``. Raises `UserError`."""
+        names = self.runs()
+        if not names:
+            raise UserError(f"no runs in the store {self.root}; `tutelage run RECIPE` makes one")
+        if run == "last":
+            run = names[-1]
+        if run not in names:
+            of_recipe = [n for n in names if n.rpartition("-")[0] == run]
+            if not of_recipe:
+                raise UserError(f"unknown run {run!r} in the store {self.root}{suggest(run, names)}")
+            run = of_recipe[-1]
+        return {"run": run, **_read_json(self.root / "runs" / f"{run}.json")}
+
+    def event(self, what: str, **facts: Any) -> None:
+        """Appends one line to this process's event file."""
+        line = json.dumps({"time": time.time(), "event": what, **facts})
+        with (self.root / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    # --- lineage ---
+
+    def lineage(self, key: str) -> list[dict[str, Any]]:
+        """The metas of an artifact and of everything it was made from, ancestors first."""
+        done: dict[str, dict[str, Any]] = {}
+        stack = [(key, False)]
+        while stack:
+            each, ready = stack.pop()
+            if each in done:
+                continue
+            meta = self.meta(each)
+            if ready:
+                done[each] = meta
+            else:
+                stack.append((each, True))
+                stack.extend((i["key"], False) for i in meta["inputs"])
+        return list(done.values())
+
+
+# --- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, body: Any) -> None:
+    """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    with fresh.open("w") as file:
+        json.dump(body, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Lines of a JSON-lines file; a last line cut short by a kill is passed over."""
+    with path.open("r", encoding="utf-8") as file:
+        for line in file:
+            if not line.endswith("\n"):
+                return
+            yield json.loads(line)
+
+
+def _sync(folder: Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    _sync_dir(folder)
+
+
+def _sync_dir(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def short_hash(text: str) -> int:
+    """A 63-bit seed from any text, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
