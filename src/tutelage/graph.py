@@ -226,7 +226,9 @@ def from_record(rec: dict[str, Any]) -> Goals:
     for part in ("recipe", "stages", "goals"):
         if part not in rec:
             raise SpecError(f"the record has no {part!r}; a recipe record holds recipe, stages and goals")
-    raw, built, opened = rec["stages"], {}, set()
+    raw: dict[str, Any] = rec["stages"]
+    built: dict[str, Stage] = {}
+    opened: set[str] = set()
 
     def edge(value: dict) -> At | None:
         if "ref" not in value:
