@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.graph import At, Stage, key
-from tutelage.store import Store, write_json
+from tutelage.store import Store, sync, write_json
 
 
 class Stopped(Exception):
@@ -56,9 +56,15 @@ class Context:
         self.cost = Cost()
         self._tell, self._stopping, self._every = tell, stopping, every
         self._metrics = self.work / "metrics.jsonl"
-        self._saved = time.monotonic()
+        self._saved = self._began = time.monotonic()
+        self._earlier = 0.0
         self.facts: dict[str, Any] = {}
         """Small JSON facts published with the artifact (such as which step was selected)."""
+
+    @property
+    def seconds(self) -> float:
+        """Spent on this stage so far, before a resume included."""
+        return self._earlier + time.monotonic() - self._began
 
     # --- in and out ---
 
@@ -99,6 +105,7 @@ class Context:
             state = json.loads((folder / "context.json").read_text())
             self.cost = Cost(**state["cost"])
             self.facts = state["facts"]
+            self._earlier = state["seconds"]
             if self._metrics.exists():
                 with self._metrics.open("r+") as file:
                     file.truncate(state["metrics"])
@@ -116,7 +123,9 @@ class Context:
         fresh.mkdir()
         save(fresh)
         size = self._metrics.stat().st_size if self._metrics.exists() else 0
-        write_json(fresh / "context.json", {"step": step, "metrics": size, "cost": asdict(self.cost), "facts": self.facts})
+        state = {"step": step, "metrics": size, "cost": asdict(self.cost), "facts": self.facts, "seconds": self.seconds}
+        write_json(fresh / "context.json", state)
+        sync(fresh)
         target = self.work / f"checkpoint-{step}"
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)

@@ -226,13 +226,16 @@ def foreign_code(cls: type) -> dict[str, str]:
     return {"code": hashlib.blake2b(source.encode(), digest_size=16).hexdigest()}
 
 
-def content_hash(path: Path) -> str:
-    """Digest of a file, or of a folder's relative names and bytes. Raises `UserError` where nothing is."""
+def content_hash(path: Path, leave_out: Iterable[str] = ()) -> str:
+    """Digest of a file, or of a folder's relative names and bytes, but for the names left out. Raises `UserError` where
+    nothing is."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give the path of a file or folder that does")
     total = hashlib.blake2b(digest_size=16)
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
+        if file != path and str(file.relative_to(path)) in leave_out:
+            continue
         total.update(str(file.relative_to(path) if file != path else "").encode() + b"\0")
         with file.open("rb") as handle:
             total.update(hashlib.file_digest(handle, "blake2b").digest())

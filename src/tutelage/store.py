@@ -3,7 +3,7 @@
 Layout::
 
     format                  {"format": 1}
-    artifacts/KEY/          artifact.json, metrics.jsonl, one folder per port (a Hugging Face folder, Parquet, scores)
+    artifacts/KEY/          artifact.json, metrics.jsonl, log.txt, one folder per port (a Hugging Face folder, Parquet, scores)
     work/KEY/               the same while it is being made, with checkpoint-STEP/
     runs/RUN.json           what a run was asked for and which keys answer it
     events/HOST-PID.jsonl   what happened, in order, per process
@@ -21,7 +21,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class Store:
 
     def find(self, text: str) -> str:
         """The key that a key prefix or a stage name stands for (the newest of that name). Raises `UserError`."""
-        keys = [p.name for p in (self.root / "artifacts").glob("*") if (p / "artifact.json").exists()]
+        keys = self.keys()
         near = [k for k in keys if k.startswith(text)] if len(text) >= 4 else []
         if len(near) == 1:
             return near[0]
@@ -92,6 +92,14 @@ class Store:
             raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {m['name'] for m in metas})}")
         return max(named, key=lambda m: m["finished"])["key"]
 
+    def keys(self) -> list[str]:
+        """Of everything published."""
+        return [p.name for p in (self.root / "artifacts").glob("*") if (p / "artifact.json").exists()]
+
+    def metas(self) -> Iterator[dict[str, Any]]:
+        """The ``artifact.json`` of everything published."""
+        return map(self.meta, self.keys())
+
     # --- work in progress ---
 
     def work(self, key: str) -> Path:
@@ -100,26 +108,57 @@ class Store:
         return folder
 
     def publish(self, key: str, meta: dict[str, Any]) -> None:
-        """Moves finished work into the artifacts: content hashed, written through to disk, then one rename."""
-        work = self.root / "work" / key
-        for stale in work.glob("checkpoint-*"):
-            shutil.rmtree(stale)
-        ports = sorted(p for p in work.iterdir() if p.is_dir())
-        meta = {**meta, "key": key, "content": {p.name: content_hash(p) for p in ports}}
+        """Moves finished work into the artifacts: content hashed, written through to disk, then one rename.
+
+        The content hash covers payload only: a port's model card (README.md) tells of times and hosts, and stays out.
+        Checkpoints go last, so that a kill before the rename loses no work.
+        """
+        work, final = self.root / "work" / key, self.folder(key)
+        ports = sorted(p for p in work.iterdir() if p.is_dir() and "checkpoint-" not in p.name)
+        meta = {**meta, "key": key, "content": {p.name: content_hash(p, leave_out=("README.md",)) for p in ports}}
         write_json(work / "artifact.json", meta)
-        _sync(work)
-        os.replace(work, self.folder(key))
+        sync(work)
+        if final.exists() and not self.has(key):  # a removal that was cut short
+            shutil.rmtree(final)
+        os.replace(work, final)
         _sync_dir(self.root / "artifacts")
+        for stale in (*final.glob("checkpoint-*"), *final.glob(".checkpoint-*")):
+            shutil.rmtree(stale)
 
     @contextmanager
-    def lock(self, key: str) -> Iterator[None]:
-        """Holds the right to make a key; waits while another process makes it."""
-        from filelock import FileLock
+    def lock(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Holds the right to make a key; while another process holds it, calls ``waiting``, which may raise to give up."""
+        from filelock import FileLock, Timeout
 
-        with FileLock(self.root / "locks" / f"{key}.lock"):
+        lock = FileLock(self.root / "locks" / f"{key}.lock")
+        while True:
+            try:
+                lock.acquire(timeout=0.2)
+                break
+            except Timeout:
+                waiting()
+        try:
             yield
+        finally:
+            lock.release()
 
     # --- runs and events ---
+
+    def new_run(self, recipe: str, body: dict[str, Any]) -> str:
+        """Saves a new run under a name nobody has, ``RECIPE-N``, and returns the name."""
+        (self.root / "runs").mkdir(exist_ok=True)
+        taken = [f.stem.rpartition("-") for f in (self.root / "runs").glob("*.json")]
+        n = max((int(t[2]) for t in taken if t[0] == recipe and t[2].isdigit()), default=0) + 1
+        fresh = self.root / "runs" / f".new.{os.getpid()}"
+        write_json(fresh, body)
+        while True:
+            try:
+                os.link(fresh, self.root / "runs" / f"{recipe}-{n}.json")
+                break
+            except FileExistsError:
+                n += 1
+        fresh.unlink()
+        return f"{recipe}-{n}"
 
     def save_run(self, run: str, body: dict[str, Any]) -> None:
         write_json(self.root / "runs" / f"{run}.json", body)
@@ -197,7 +236,8 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Writes a folder's files through to disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:

@@ -1,0 +1,172 @@
+"""What a plan will cost: seconds by stage from measured rates, which stage goes first, and how long the whole takes.
+
+A rate is *estimated* FLOPs over seconds of stages made before, so that an estimate that is off by a factor for a kind of
+stage still predicts its time. Stages of the same kind and name count first, then of the same kind, then a stated default.
+Leaves out: memory, transfers, and the seconds a worker takes to import torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from statistics import median
+from typing import Any
+
+from tutelage.graph import Node, Plan, record
+from tutelage.spec import flags
+from tutelage.store import Store
+
+DEFAULT_RATE = 5e9
+"""FLOP/s of one CPU thread where nothing has been measured: small models, far below a core's peak."""
+
+
+class Estimator:
+    """Seconds by stage, from what the store has measured and from what a run observes."""
+
+    def __init__(self, store: Store | None = None):
+        self._rates: dict[tuple[str, str], list[float]] = {}
+        self._times: dict[tuple[str, str], list[float]] = {}
+        for meta in store.metas() if store else ():
+            flops = meta.get("estimate") or meta.get("cost", {}).get("flops", 0.0)
+            self.observe(meta["kind"], meta["name"], flops, meta.get("threads", 1), meta.get("seconds", 0.0))
+
+    def observe(self, kind: str, name: str, flops: float, threads: int, seconds: float) -> None:
+        """Learns from a stage that has ended."""
+        if seconds <= 0:
+            return
+        for spot in ((kind, name), (kind, "")):
+            if flops > 0:
+                self._rates.setdefault(spot, []).append(flops / seconds / threads)
+            else:
+                self._times.setdefault(spot, []).append(seconds)
+
+    def measured(self, node: Node) -> bool:
+        """Whether a stage of this kind has been timed here, or is not worth timing."""
+        kind = node.stage.kind()
+        return node.flops <= 0 or (kind, "") in self._rates
+
+    def seconds(self, node: Node) -> float:
+        kind, name = node.stage.kind(), node.stage.name
+        if node.flops <= 0:
+            found = self._times.get((kind, name)) or self._times.get((kind, ""))
+            return median(found) if found else 0.0
+        rates = self._rates.get((kind, name)) or self._rates.get((kind, ""))
+        return node.flops / (median(rates) if rates else DEFAULT_RATE) / node.stage.threads
+
+
+def waits(nodes: Iterable[Node]) -> dict[str, set[str]]:
+    """For each of the nodes, which others of them it waits for."""
+    nodes = list(nodes)
+    mine = {n.key for n in nodes}
+    return {n.key: {k for _, k, _, _ in n.inputs if k in mine} for n in nodes}
+
+
+def priorities(nodes: list[Node], weight: Callable[[Node], float]) -> dict[str, float]:
+    """The longest way from each node to an end, itself included; ``nodes`` in running order. The longest goes first."""
+    longest = {n.key: 0.0 for n in nodes}
+    for node in reversed(nodes):
+        longest[node.key] += weight(node) + 1e-9
+        for _, k, _, _ in node.inputs:
+            if k in longest:
+                longest[k] = max(longest[k], longest[node.key])
+    return longest
+
+
+def slots(node: Node, cores: int) -> int:
+    """The cores a stage takes: its threads, or all there are."""
+    return min(node.stage.threads, cores)
+
+
+def span(nodes: list[Node], seconds: Callable[[Node], float], cores: int) -> float:
+    """Seconds until all nodes are made on so many cores, scheduled as the runner does."""
+    first = priorities(nodes, seconds)
+    left, by_key = waits(nodes), {n.key: n for n in nodes}
+    waiting = sorted(by_key, key=lambda k: -first[k])
+    running: list[tuple[float, str]] = []
+    now, free = 0.0, cores
+    while waiting or running:
+        for k in [k for k in waiting if not left[k]]:
+            if slots(by_key[k], cores) <= free:
+                free -= slots(by_key[k], cores)
+                waiting.remove(k)
+                running.append((now + seconds(by_key[k]), k))
+        now, done = min(running)
+        running.remove((now, done))
+        free += slots(by_key[done], cores)
+        for ends in left.values():
+            ends.discard(done)
+    return now
+
+
+def summary(plan: Plan, estimator: Estimator, cores: int) -> str:
+    """One sentence: what a run will cost."""
+    todo, stored = plan.todo, sum(n.status == "stored" for n in plan.nodes.values())
+    if not todo:
+        return f"nothing to run: {count(stored, 'stage')} stored"
+    flops = sum(n.flops for n in todo)
+    time = human_time(span(todo, estimator.seconds, cores))
+    unknown = sum(not estimator.measured(n) for n in todo)
+    known = "measured here" if not unknown else "no measurement here yet"
+    if 0 < unknown < len(todo):
+        known = f"{unknown} of them not measured here yet"
+    cost = f"about {si(flops)}FLOP, ≈ {time} on {count(cores, 'core')}"
+    return f"{count(len(todo), 'stage')} to run, {stored} stored; {cost} ({known})"
+
+
+# --- why a stage runs -------------------------------------------------------------------------------------------------
+
+
+def reasons(plan: Plan, store: Store) -> dict[str, str]:
+    """Why each stage has its status; for one that will run, what differs from the nearest stored stage of its name."""
+    stored: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for meta in store.metas():
+        stored.setdefault((meta["name"], meta["kind"]), []).append(meta)
+    records = {s: r for one in plan.goals for s, r in record(one)["stages"].items()} if plan.todo else {}
+    why = {}
+    for node in plan.nodes.values():
+        why[node.key] = node.why
+        near = stored.get((node.stage.name, node.stage.kind()))
+        if node.status == "run" and node.why == "not in the store":
+            made = [_changes(node, records[node.stage.name], meta) for meta in near or ()]
+            why[node.key] = min(made, key=len) if made else "never made here"
+    return why
+
+
+def _changes(node: Node, rec: dict[str, Any], meta: dict[str, Any]) -> str:
+    """What differs between a stage and a stored one, as text."""
+    cls = type(node.stage)
+    found = [] if meta["version"] == cls.version else [f"version {meta['version']} → {cls.version}"]
+    fields = [n for n in cls.model_fields if not flags(cls, n).get("unkeyed")]
+    for name in fields:
+        old, new = meta["record"].get(name), json.loads(json.dumps(rec.get(name)))
+        if old != new:
+            short = isinstance(old, (str, int, float, bool)) and isinstance(new, (str, int, float, bool))
+            found.append(f"{name} {old} → {new}" if short and len(f"{old}{new}") < 40 else f"{name} changed")
+    keys = {i["path"]: i["key"] for i in meta["inputs"]}
+    found += [f"input {path} changed" for path, k, _, _ in node.inputs if path in keys and keys[path] != k]
+    return ", ".join(found) or "its code or an outside file changed"
+
+
+# --- numbers as text ---------------------------------------------------------------------------------------------------
+
+
+def count(n: int, thing: str) -> str:
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def si(value: float) -> str:
+    """``3.2 T`` for 3.2e12; a unit may follow at once."""
+    for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            short = value / scale
+            return f"{short:.0f} {letter}" if short >= 10 else f"{short:.1f} {letter}"
+    return f"{value:.0f} "
+
+
+def human_time(seconds: float) -> str:
+    """``45 s``, ``3.4 min``, ``2.1 h``."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.5 or seconds == 0 else f"{max(seconds, 0.1):.1f} s"
+    if seconds < 3570:
+        return f"{seconds / 60:.1f} min" if seconds < 570 else f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
