@@ -1,0 +1,195 @@
+"""One learner for every loss: packed forward and backward, global normalisation, clipping, optimizer, log-probs.
+
+The next-token shift happens here and nowhere else: the hidden state at position ``t - 1`` speaks of token ``t``.
+Losses return sums; they are divided by counts of the *global* batch, so micro-batches cannot change a result.
+
+Leaves out: sharding, adapters, a load-balancing loss of mixtures of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tutelage.learn.batch import collate, counts, split
+from tutelage.learn.optim import AdamW, Muon
+from tutelage.losses.base import Loss
+from tutelage.model.attention import Rows
+from tutelage.model.folder import matmul_params
+from tutelage.model.head import Head
+from tutelage.types import Batch, Sample, Signal
+
+CHUNK = 1 << 22
+"""Elements of logits held at once: [m, V] chunks of at most this size."""
+
+
+class PackedOutput:
+    """`tutelage.losses.base.Output` over the hidden states that predict the trained tokens."""
+
+    def __init__(self, hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float):
+        """hidden [M, D], targets int [M]"""
+        self.hidden, self.head, self.targets, self.temperature = hidden, head, targets, temperature
+
+    def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(self.head(hidden) / self.temperature, -1)
+
+    @cached_property
+    def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
+        def both(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            logprobs = self._logprobs(hidden)
+            with torch.no_grad():
+                entropy = -(logprobs.exp() * logprobs).sum(-1)
+            return torch.stack((logprobs.gather(1, targets[:, None])[:, 0], entropy), 1)
+
+        out = self._chunked(both, (self.hidden, self.targets))
+        return out[:, 0], out[:, 1].detach()
+
+    @property
+    def logp(self) -> torch.Tensor:
+        return self._both[0]
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        return self._both[1]
+
+    def reduce_vocab(self, fn: Callable[..., Any], index: torch.Tensor, *extras: torch.Tensor) -> torch.Tensor:
+        def reduced(hidden: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+            return fn(self._logprobs(hidden), *more)
+
+        return self._chunked(reduced, (self.hidden[index], *extras))
+
+    def _chunked(self, fn: Callable[..., torch.Tensor], parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """fn over rows in chunks; all but a single chunk are recomputed in the backward pass instead of kept."""
+        rows = max(1, CHUNK // self.head.vocab)
+        if len(parts[0]) <= rows:
+            return fn(*parts)
+        pieces = zip(*(p.split(rows) for p in parts), strict=True)
+        if not torch.is_grad_enabled():
+            return torch.cat([fn(*piece) for piece in pieces])
+        return torch.cat([checkpoint(fn, *piece, use_reentrant=False) for piece in pieces])
+
+
+class Learner:
+    """Holds a model and its optimizer. ``micro_tokens`` bounds one packed forward, ``clip`` the global gradient norm."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: AdamW | Muon | None = None,
+        clip: float = 1.0,
+        micro_tokens: int = 16384,
+        dtype: str = "float32",
+    ):
+        self.model, self.clip, self.micro_tokens = model, clip, micro_tokens
+        self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+        self.optimizers = optimizer.build(model) if optimizer else []
+        self._peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
+
+    # --- forward ---
+
+    def output(self, batch: Batch, temperature: float = 1.0) -> PackedOutput:
+        """The packed forward of a batch of torch tensors."""
+        lengths = torch.bincount(batch.row)
+        with self.autocast:
+            out = self.model.get_decoder()(
+                input_ids=batch.tokens[None], position_ids=batch.pos[None], use_cache=False, layout=Rows(lengths)
+            )
+        hidden = out.last_hidden_state[0].index_select(0, batch.index - 1)
+        return PackedOutput(hidden, Head.of(self.model), batch.tokens[batch.index], temperature)
+
+    def batch(self, samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[str, Any] | None = None) -> Batch:
+        """`collate`, as tensors on the model's device."""
+        batch = collate(samples, needs, extras)
+        to = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)  # noqa: E731
+        for name in ("tokens", "row", "pos", "index", "trow"):
+            setattr(batch, name, to(getattr(batch, name)))
+        batch.signals = {k: to(v) for k, v in batch.signals.items()}
+        return batch
+
+    # --- learning ---
+
+    def forward_backward(
+        self, samples: Sequence[Sample], loss: Loss, temperature: float = 1.0, extras: dict[str, Any] | None = None
+    ) -> dict[str, float]:
+        """Adds the gradient of one global batch; returns the means of what the loss reported, and ``loss``."""
+        total = counts(samples)
+        sums: dict[str, tuple[float, float]] = {}
+        extras = {"temperature": temperature, **(extras or {})}
+        for part in split(samples, self.micro_tokens):
+            batch = self.batch(part, sorted(loss.needs()), extras)
+            batch.counts = total
+            value, metrics = loss(self.output(batch, temperature), batch)
+            value = value / max(1.0, total[loss.per])
+            value.backward()
+            metrics = {**metrics, "loss": (float(value.detach()), 0.0)}
+            for name, (a, b) in metrics.items():
+                old = sums.get(name, (0.0, 0.0))
+                sums[name] = _join(name, old, (float(a), float(b)))
+        return {name: a / b if b else a for name, (a, b) in sums.items()}
+
+    def step(self, factor: float = 1.0) -> float:
+        """Clips, updates and clears the gradients; ``factor`` scales every learning rate. Returns the gradient norm."""
+        params = [p for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip or float("inf")))
+        for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            if np.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    # --- being asked ---
+
+    @torch.inference_mode()
+    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
+        """`tutelage.credit.base.Scorer.score`: in the order of the samples."""
+        found: dict[int, Signal] = {}
+        for part in split(samples, self.micro_tokens):
+            out = self.output(self.batch(part), temperature)
+            values = (out.logp if want == "logp" else out.hidden).float().cpu().numpy()
+            ends = np.cumsum([int(s.mask.sum()) for s in part])[:-1]
+            for sample, value in zip(part, np.split(values, ends), strict=True):
+                found[id(sample)] = Signal(value, sample.trained, {"temperature": temperature, "kind": want})
+        return [found[id(s)] for s in samples]
+
+    # --- surviving ---
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next update depends on."""
+        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+class ModelScorer:
+    """A frozen model as a `tutelage.credit.base.Scorer`."""
+
+    def __init__(self, name: str, model: Any, micro_tokens: int = 16384):
+        self.name, self._learner = name, Learner(model, micro_tokens=micro_tokens)
+        self.head = Head.of(model)
+        self.params = matmul_params(model)
+        self.scored = 0
+        """Tokens scored since the last reset."""
+
+    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
+        signals = self._learner.score(samples, temperature, want)
+        self.scored += sum(len(s.tokens) for s in samples)
+        for signal in signals:
+            signal.provenance["model"] = self.name
+        return signals
+
+
+def _join(name: str, a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    """Sums; a metric whose name ends in ``max`` keeps the largest."""
+    if name.endswith("max"):
+        return max(a[0], b[0]), 0.0
+    return a[0] + b[0], a[1] + b[1]

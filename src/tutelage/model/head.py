@@ -1,0 +1,43 @@
+"""The output head on its own: hidden states to logits, cut to the true vocabulary.
+
+Kept apart so that a teacher's logits can be rebuilt from its cached hidden states (DeepSeek V4, arXiv 2606.19348), and so
+that log-probs are computed only where the mask is true.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Head:
+    """``head(hidden [m, >= width]) -> logits [m, V]`` in fp32; picklable."""
+
+    weight: torch.Tensor
+    """[V, width]"""
+    bias: torch.Tensor | None = None
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: Any, vocab: int | None = None) -> Head:
+        """The head of a causal transformers model; ``vocab`` cuts padded rows off (151,936 against 152,064)."""
+        layer = model.get_output_embeddings()
+        bias = getattr(layer, "bias", None)
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return cls(layer.weight[:vocab], bias[:vocab] if bias is not None else None, cap)
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        narrow = hidden if hidden.shape[1] == self.width else hidden[:, : self.width]
+        logits = torch.nn.functional.linear(narrow.to(self.weight.dtype), self.weight, self.bias).float()
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -1,0 +1,43 @@
+"""Drawing tokens with a counter-based generator: a draw depends on (seed, position) alone, not on its neighbours.
+
+The uniform number comes from SplitMix64 (Steele et al., 2014) applied to ``seed + position``; the token is the inverse of the
+cumulative distribution, in vocabulary order.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def uniforms(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """uint64 [S], int [S] -> float64 [S] in [0, 1)"""
+    with np.errstate(over="ignore"):
+        z = seeds.astype(np.uint64) + (positions.astype(np.uint64) + np.uint64(1)) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) / float(1 << 53)
+
+
+def kept(logp: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
+    """[S, V] log-probs, per-row top-p and top-k (0 = all) -> bool [S, V]: the tokens that may be drawn.
+
+    top-k first, then the smallest set whose mass among what top-k left is at least top-p.
+    """
+    values, order = logp.sort(-1, descending=True)
+    rank = torch.arange(logp.shape[1], device=logp.device)
+    inside = (top_k[:, None] == 0) | (rank < top_k[:, None])
+    probs = values.exp() * inside
+    before = probs.cumsum(-1) - probs
+    inside &= before < top_p[:, None] * probs.sum(-1, keepdim=True)
+    inside[:, 0] = True
+    return torch.zeros_like(inside).scatter(1, order, inside)
+
+
+def draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Log-probs [S, V] (-inf where not kept) and uniforms [S] -> tokens int [S]."""
+    edges = logp.double().exp().cumsum(-1)
+    return torch.searchsorted(edges, u[:, None] * edges[:, -1:], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)

@@ -1,0 +1,203 @@
+"""The local engine: continuous batching on one device through the packed forward.
+
+Slots hold sequences; a finished one gives its slot to the next request at once, and when nobody waits the batch shrinks.
+Requests with one prompt share its prefill. Log-probs are taken in fp32 from the logits that drew the token.
+
+Leaves out: paged memory (a slot is as long as the longest sequence), speculative decoding, several models at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from tutelage.model.attention import Cache, Decode, Prefill
+from tutelage.model.head import Head
+from tutelage.rollout.base import Completion, Request
+from tutelage.rollout.draw import draw, kept, uniforms
+
+
+class _Slot:
+    """A sequence being drawn."""
+
+    __slots__ = ("future", "kept", "logp", "request", "tokens")
+
+    def __init__(self, request: Request, future: Future[Completion]):
+        self.request, self.future = request, future
+        self.tokens: list[int] = []
+        self.logp: list[float] = []
+        self.kept: list[float] = []
+
+
+class LocalEngine:
+    """Draws from one transformers model with packed attention (`tutelage.model.folder.load_model`).
+
+    ``model`` is shared, not copied: a learner that updates it in place only has to say so through `load`.
+    ``dtype`` other than the model's makes a copy that `load` refreshes.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, slots: int = 256, dtype: str | None = None):
+        wanted = getattr(torch, dtype) if dtype else model.dtype
+        self.source = model
+        self.model = model if wanted == model.dtype else _copy(model, wanted)
+        self.tokenizer, self.slots, self.version = tokenizer, slots, 0
+        self.sampled = self.prefilled = 0
+        self._waiting: deque[_Slot] = deque()
+        self._running: list[_Slot] = []
+        self._cache: Cache | None = None
+        self._lock = threading.Lock()
+
+    # --- the protocol ---
+
+    def submit(self, request: Request) -> Future[Completion]:
+        """Queues a request. Raises ValueError for an empty prompt."""
+        if not request.tokens:
+            raise ValueError("a request needs at least one prompt token")
+        slot = _Slot(request, Future())
+        with self._lock:
+            self._waiting.append(slot)
+        return slot.future
+
+    def load(self, weights: Any, version: int) -> None:
+        """Takes new weights (a state dict; None when the shared model was updated in place). Only when drained."""
+        if self._running or self._waiting:
+            raise RuntimeError("weights may change only when the engine is drained")
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        elif self.model is not self.source:
+            self.model.load_state_dict(self.source.state_dict())
+        self.version = version
+
+    @torch.inference_mode()
+    def pump(self) -> bool:
+        """Refills free slots, then decodes one token everywhere. False when idle."""
+        self._refill()
+        if self._running:
+            self._decode()
+            self._retire()
+        return bool(self._running or self._waiting)
+
+    # --- the work ---
+
+    def _refill(self) -> None:
+        """Admits waiting requests once an eighth of the slots is free (or nothing runs): prefills are best in company."""
+        free = self.slots - len(self._running)
+        if not self._waiting or (self._running and free < max(1, self.slots // 8)):
+            return
+        with self._lock:
+            fresh = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        prompts: dict[tuple[int, ...], int] = {}
+        source = [prompts.setdefault(s.request.tokens, len(prompts)) for s in fresh]
+        self._room(max(len(s.request.tokens) + s.request.sampling.max_new_tokens for s in fresh))
+        device = self.model.device
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        first = len(self._running)
+        slots = torch.arange(first, first + len(fresh), device=device)
+        assert self._cache is not None
+        layout = Prefill(lengths, self._cache, slots, torch.tensor(source, device=device))
+        ids = torch.tensor([t for p in prompts for t in p], device=device)
+        pos = torch.cat([torch.arange(len(p), device=device) for p in prompts])
+        hidden = self._forward(ids, pos, layout)[lengths.cumsum(0) - 1]
+        self.prefilled += len(ids)
+        self._running += fresh
+        self._append(fresh, hidden[source])
+        self._retire()
+
+    def _decode(self) -> None:
+        run = self._running
+        device = self.model.device
+        ids = torch.tensor([s.tokens[-1] for s in run], device=device)
+        pos = torch.tensor([len(s.request.tokens) + len(s.tokens) - 1 for s in run], device=device)
+        assert self._cache is not None
+        self._append(run, self._forward(ids, pos, Decode(self._cache, pos)))
+
+    def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:
+        body = self.model.get_decoder()
+        out = body(input_ids=ids[None], position_ids=pos[None], use_cache=False, layout=layout)
+        return out.last_hidden_state[0]
+
+    def _append(self, slots: list[_Slot], hidden: torch.Tensor) -> None:
+        """Draws one token for each slot from hidden states [S, D]."""
+        logits = Head.of(self.model)(hidden)
+        how = [s.request.sampling for s in slots]
+        scale = torch.tensor([h.scored_at for h in how], device=logits.device)
+        logp = torch.log_softmax(logits / scale[:, None], -1)
+        allowed = logp
+        if any(h.top_k or h.top_p < 1 for h in how):
+            top_p = torch.tensor([h.top_p for h in how], device=logits.device)
+            keep = kept(logp, top_p, torch.tensor([h.top_k for h in how], device=logits.device))
+            allowed = torch.log_softmax(logp.masked_fill(~keep, -torch.inf), -1)
+        seeds = np.array([s.request.seed for s in slots], dtype=np.uint64)
+        u = uniforms(seeds, np.array([len(s.tokens) for s in slots]))
+        token = draw(allowed, torch.from_numpy(u).to(logits.device))
+        if any(h.temperature == 0 for h in how):
+            greedy = torch.tensor([h.temperature == 0 for h in how], device=logits.device)
+            token = torch.where(greedy, logits.argmax(-1), token)
+        full = logp.gather(1, token[:, None])[:, 0].tolist()
+        part = full if allowed is logp else allowed.gather(1, token[:, None])[:, 0].tolist()
+        for slot, t, a, b in zip(slots, token.tolist(), full, part, strict=True):
+            slot.tokens.append(t)
+            slot.logp.append(a)
+            slot.kept.append(b)
+        self.sampled += len(slots)
+
+    def _retire(self) -> None:
+        """Answers finished requests and moves the rest to the front of the cache."""
+        stay = []
+        for i, slot in enumerate(self._running):
+            why = self._finished(slot)
+            if why:
+                done = (np.array(slot.tokens), np.array(slot.logp, np.float32), np.array(slot.kept, np.float32))
+                slot.future.set_result(Completion(*done, stop=why, version=self.version))
+            else:
+                stay.append(i)
+        if len(stay) < len(self._running):
+            moved = _compaction(stay)
+            if moved is not None and self._cache is not None:
+                self._cache.move(*moved)
+            self._running = [self._running[i] for i in _order_after(stay)]
+
+    def _finished(self, slot: _Slot) -> str:
+        request = slot.request
+        if slot.tokens[-1] in request.stop_tokens:
+            return "stop"
+        if request.sampling.stop:
+            longest = max(map(len, request.sampling.stop))
+            tail = self.tokenizer.decode(slot.tokens[-longest - 4 :], skip_special_tokens=True)
+            if any(s in tail for s in request.sampling.stop):
+                return "stop"
+        return "length" if len(slot.tokens) >= request.sampling.max_new_tokens else ""
+
+    def _room(self, length: int) -> None:
+        if self._cache is None:
+            self._cache = Cache.empty(self.model.config, self.slots, length, self.model.dtype, self.model.device)
+        self._cache.grow(length)
+
+
+def _order_after(stay: list[int]) -> list[int]:
+    """Which old slot lies in each new one: survivors already in front stay, those behind fill the holes.
+
+    >>> _order_after([0, 2, 3])
+    [0, 3, 2]
+    """
+    n = len(stay)
+    behind = [i for i in stay if i >= n]
+    front = {i for i in stay if i < n}
+    return [i if i in front else behind.pop() for i in range(n)]
+
+
+def _compaction(stay: list[int]) -> tuple[list[int], list[int]] | None:
+    """(new slots, old slots) of the survivors that have to move, or None."""
+    pairs = [(new, old) for new, old in enumerate(_order_after(stay)) if new != old]
+    return ([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
+
+
+def _copy(model: Any, dtype: torch.dtype) -> Any:
+    import copy
+
+    return copy.deepcopy(model).to(dtype)

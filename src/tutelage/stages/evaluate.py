@@ -1,0 +1,82 @@
+"""Evaluate: one checkpoint in one domain, on tasks it has never been trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from tutelage.envs.base import Env
+from tutelage.graph import At, DataType, Kind, ModelType, ScoresType, Stage, Type
+from tutelage.rollout.base import Sampling
+from tutelage.spec import SpecError, suggest
+from tutelage.text.template import Chat, Template
+
+REPLY_GUESS = 0.5
+"""Share of ``max_new_tokens`` that an average reply is assumed to take, for estimates."""
+
+
+def need_domain(types: Callable[[At], Type], tasks: At, domain: str) -> DataType:
+    """The type of a dataset that must hold a domain. Raises `SpecError` naming those it holds."""
+    found = types(tasks)
+    if not isinstance(found, DataType) or "prompt" not in found.columns:
+        raise SpecError(f"{tasks.of.name}.{tasks.port} holds no prompts; give a dataset with a prompt column")
+    if domain not in found.domains:
+        raise SpecError(f"{tasks.of.name}.{tasks.port} has no domain {domain!r}{suggest(domain, found.domains)}")
+    return found
+
+
+def need_model(types: Callable[[At], Type], model: At) -> ModelType:
+    """The type of a model edge. Raises `SpecError`."""
+    found = types(model)
+    if not isinstance(found, ModelType):
+        raise SpecError(f"{model.of.name}.{model.port} is no model")
+    return found
+
+
+class Evaluate(Stage):
+    """Samples (greedily by default) on the domain's tasks and stores every reply with its score."""
+
+    outputs: ClassVar[dict[str, Kind]] = {"scores": "scores"}
+    verb: ClassVar[str] = "scores"
+
+    model: At
+    tasks: At
+    domain: str
+    env: Env
+    limit: int = Field(500, ge=1)
+    """The first tasks of the domain, in the dataset's order."""
+    template: Template = Chat()
+    sampling: Sampling = Sampling(temperature=0.0)
+    seed: int = 0
+    slots: int = Field(256, ge=1, json_schema_extra={"unkeyed": True})
+
+    def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
+        need_model(types, self.model)
+        need_domain(types, self.tasks, self.domain)
+        return {"scores": ScoresType(self.domain)}
+
+    def estimate(self, types: Callable[[At], Type]) -> float:
+        tokens = self.limit * self.sampling.max_new_tokens * REPLY_GUESS
+        return 2.0 * need_model(types, self.model).params * tokens
+
+    def run(self, ctx: Any) -> None:
+        from tutelage.rollout.policy import Policy
+        from tutelage.text.rows import read_tasks
+        from tutelage.text.scores import write_scores
+
+        tasks = [t for t in read_tasks(ctx.input(self.tasks)) if t.domain == self.domain][: self.limit]
+        policy = Policy(ctx.input(self.model), self.slots)
+        driver = policy.driver(self.template, self.env, self.sampling)
+        rows, part = [], max(self.slots, 1) * 2
+        for start in range(0, len(tasks), part):
+            for sample in driver.collect(tasks[start : start + part], 1, self.seed):
+                assert sample.task and sample.score
+                facts = {"task": sample.task.id, "value": sample.score.value, "error": sample.score.error}
+                level = sample.task.meta.get("level", 0)
+                rows.append({**facts, "reply": sample.text, "tokens": int(sample.mask.sum()), "level": level})
+            mean = sum(r["value"] for r in rows) / len(rows)
+            ctx.progress(len(rows), len(tasks), accuracy=mean)
+        policy.charge(ctx.cost)
+        write_scores(ctx.output("scores"), self.domain, rows)

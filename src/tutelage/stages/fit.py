@@ -1,0 +1,207 @@
+"""Fit: the offline loop. Batches come from a dataset: pretraining on documents, SFT on worked answers.
+
+With a `Selection` it measures itself on development tasks as it goes, keeps its best checkpoint and stops where nothing
+improves any more. With a ``budget`` it trains until it has spent what the named stages spent (algorithmic FLOPs), so that
+a control is given exactly the compute of what it is compared with; development trials are not counted against it.
+
+Leaves out: preference losses (pairs) and mixtures of datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from tutelage.envs.base import Env
+from tutelage.graph import At, DataType, Kind, Stage, Type
+from tutelage.learn.optim import AdamW, Muon, Schedule
+from tutelage.losses.base import Loss
+from tutelage.losses.nll import NLL
+from tutelage.rollout.base import Sampling
+from tutelage.spec import Spec, SpecError, UserError
+from tutelage.stages.evaluate import need_model
+from tutelage.text.template import Chat, Document, Template
+
+TOKENS_GUESS = 40
+"""Tokens of an average row, for estimates."""
+
+
+class Selection(Spec):
+    """Choose the checkpoint by greedy accuracy on development tasks, the mean over domains."""
+
+    tasks: At
+    env: Env
+    every: int = Field(20, ge=1)
+    """steps between trials"""
+    limit: int = Field(64, ge=1)
+    """tasks a domain"""
+    patience: int = Field(0, ge=0)
+    """Stop after so many trials without a new best; 0 goes on to the end."""
+    template: Template = Chat()
+    sampling: Sampling = Sampling(temperature=0.0)
+
+
+class Fit(Stage):
+    """Trains ``model`` on ``data``; see the module's docstring."""
+
+    outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
+    verb: ClassVar[str] = "trains"
+
+    model: At
+    data: At
+    template: Template = Chat()
+    """`Chat` trains the replies of ``prompt``/``completion`` rows, `Document` the whole ``text``."""
+    loss: Loss = NLL()
+    optimizer: AdamW | Muon = AdamW()
+    schedule: Schedule = Schedule()
+    clip: float = 1.0
+    steps: int = Field(100, ge=1)
+    rows: int = Field(64, ge=1)
+    """the global batch"""
+    budget: tuple[At, ...] = ()
+    """Stages whose FLOPs together bound this one; ``steps`` bounds it still."""
+    select: Selection | None = None
+    checkpoints: tuple[int, ...] = ()
+    """Steps kept as a series that edges may name."""
+    seed: int = 0
+    dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+    micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
+
+    def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
+        model, data = need_model(types, self.model), types(self.data)
+        need = ("text",) if isinstance(self.template, Document) else ("prompt", "completion")
+        if not isinstance(data, DataType) or not set(need) <= set(data.columns):
+            has = ", ".join(getattr(data, "columns", ())) or "no columns"
+            raise SpecError(f"data needs columns {', '.join(need)}; {self.data.of.name}.{self.data.port} has {has}")
+        missing = self.loss.needs() - set(data.signals)
+        if missing:
+            raise SpecError(f"loss {self.loss.kind()} needs signals that the data lacks: {', '.join(sorted(missing))}")
+        for at in self.budget:
+            types(at)
+        from dataclasses import replace
+
+        return {"policy": replace(model, checkpoints=self.checkpoints)}
+
+    def estimate(self, types: Callable[[At], Type]) -> float:
+        if self.budget:
+            return sum(at.of.estimate(types) for at in self.budget)
+        return 6.0 * need_model(types, self.model).params * self.steps * self.rows * TOKENS_GUESS
+
+    def run(self, ctx: Any) -> None:
+        _Fitting(self, ctx).run()
+
+
+class _Fitting:
+    """The state of one running `Fit`."""
+
+    def __init__(self, stage: Fit, ctx: Any):
+        from tutelage.learn.learner import Learner
+        from tutelage.rollout.policy import Policy
+        from tutelage.text.rows import read_rows, read_tasks
+
+        self.stage, self.ctx = stage, ctx
+        self.policy = Policy(ctx.input(stage.model), slots=256)
+        self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype)
+        self.samples = [self._encode(row) for row in read_rows(ctx.input(stage.data))]
+        if not self.samples:
+            raise UserError(f"{stage.data.of.name}.{stage.data.port} is empty; a model cannot be trained on it")
+        self.allowed = sum(ctx.input_meta(at)["cost"]["flops"] for at in stage.budget) if stage.budget else float("inf")
+        self.best: dict[str, Any] = {"score": -1.0, "step": 0}
+        if stage.select:
+            found: dict[str, list[Any]] = {}
+            for task in read_tasks(ctx.input(stage.select.tasks)):
+                found.setdefault(task.domain, []).append(task)
+            self.dev = {d: t[: stage.select.limit] for d, t in sorted(found.items())}
+
+    def _encode(self, row: dict[str, Any]) -> Any:
+        template, tokenizer = self.stage.template, self.policy.tokenizer
+        if isinstance(template, Document):
+            return template.document(tokenizer, row["text"])
+        return template.example(tokenizer, row["prompt"], row["completion"])
+
+    def run(self) -> None:
+        import torch
+
+        stage, ctx = self.stage, self.ctx
+        step, folder = ctx.resume()
+        if folder:
+            state = torch.load(folder / "state.pt")
+            self.learner.restore(state["learner"])
+            self.best = state["best"]
+        elif stage.select:
+            self._trial(0)
+        while step < stage.steps and ctx.cost.flops < self.allowed and not self._stale(step):
+            self._step(step)
+            step += 1
+            if step in stage.checkpoints:
+                self._write(ctx.output("policy", step))
+            if stage.select and step % stage.select.every == 0:
+                self._trial(step)
+            ctx.boundary(step, self._save)
+        if stage.select:
+            self.policy.model.load_state_dict(self.best["weights"])
+        ctx.facts.update(steps=step, budget=self.allowed if stage.budget else None)
+        self._write(ctx.output("policy"))
+
+    def _step(self, step: int) -> None:
+        stage, ctx = self.stage, self.ctx
+        rows = [self.samples[i] for i in batch_order(len(self.samples), stage.rows, step, stage.seed)]
+        metrics = self.learner.forward_backward(rows, stage.loss)
+        metrics["grad_norm"] = self.learner.step(stage.schedule.factor(step, stage.steps))
+        tokens = sum(len(r.tokens) for r in rows)
+        ctx.cost.spend("trained", tokens, self.policy.params)
+        ctx.log(step + 1, **metrics)
+        total = stage.steps
+        if stage.budget:
+            total = min(total, round((step + 1) * self.allowed / ctx.cost.flops))
+        ctx.progress(step + 1, total, loss=metrics["loss"], tokens=tokens)
+
+    def _stale(self, step: int) -> bool:
+        select = self.stage.select
+        return bool(select and select.patience and step - self.best["step"] >= select.patience * select.every)
+
+    def _trial(self, step: int) -> None:
+        """Measures the development tasks; keeps the weights when they are the best so far."""
+        select, ctx = self.stage.select, self.ctx
+        assert select
+        driver = self.policy.driver(select.template, select.env, select.sampling)
+        means = {}
+        for domain, tasks in self.dev.items():
+            samples = driver.collect(tasks, 1, self.stage.seed)
+            means[domain] = sum(s.scalars["reward"] for s in samples) / len(samples)
+        score = sum(means.values()) / len(means)
+        trial = {"sampled": self.policy.engine.sampled, "prefilled": self.policy.engine.prefilled}
+        self.policy.engine.sampled = self.policy.engine.prefilled = 0
+        ctx.facts["development_tokens"] = ctx.facts.get("development_tokens", 0) + sum(trial.values())
+        ctx.log(step, dev=score, **{f"dev/{d}": m for d, m in means.items()})
+        if score > self.best["score"]:
+            weights = {k: v.clone() for k, v in self.policy.model.state_dict().items()}
+            self.best = {"score": score, "step": step, "weights": weights}
+            ctx.facts["selected"] = {"step": step, "dev": score}
+
+    def _save(self, folder: Path) -> None:
+        import torch
+
+        torch.save({"learner": self.learner.state(), "best": self.best}, folder / "state.pt")
+
+    def _write(self, folder: Path) -> None:
+        from tutelage.model.folder import save_model
+
+        save_model(self.policy.model, self.policy.tokenizer, folder)
+
+
+def batch_order(n: int, size: int, step: int, seed: int) -> list[int]:
+    """Indices of the batch at ``step``: each epoch is its own permutation, and batches run on across epochs."""
+    picked: list[int] = []
+    at = step * size
+    while len(picked) < size:
+        epoch, offset = divmod(at, n)
+        order = np.random.default_rng([seed, epoch]).permutation(n)
+        chunk = order[offset : offset + size - len(picked)].tolist()
+        picked += chunk
+        at += len(chunk)
+    return picked

@@ -1,0 +1,253 @@
+"""Online: the loop in which a policy learns from its own samples. RLVR and on-policy distillation are both this.
+
+A step draws prompts, samples replies, lets the environment score them, lets credit rules write signals (a group's
+advantage, a teacher's log-probs), and takes one update per minibatch. What makes it GRPO or MOPD is in ``credit`` and
+``loss`` alone. With ``teachers`` every domain has exactly one teacher, checked before any weight loads.
+
+Leaves out: asynchronous rollouts, value models, several policies in one stage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from tutelage.credit.base import Credit, Scorer
+from tutelage.envs.base import Env
+from tutelage.graph import At, Kind, ModelType, Stage, Type
+from tutelage.learn.optim import AdamW, Muon, Schedule
+from tutelage.losses.base import Loss
+from tutelage.rollout.base import Sampling
+from tutelage.spec import SpecError, suggest
+from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
+from tutelage.stages.fit import batch_order
+from tutelage.text.template import Chat, Template
+from tutelage.types import Sample, Task
+
+SAMPLED = frozenset({"behaviour_logp", "reward"})
+"""What every sample brings along."""
+
+
+class Online(Stage):
+    """Trains ``model`` on its own samples of the tasks; see the module's docstring."""
+
+    outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
+    verb: ClassVar[str] = "trains on its own samples"
+
+    model: At
+    tasks: At
+    domains: tuple[str, ...] = Field(min_length=1)
+    """Drawn from in equal numbers."""
+    env: Env
+    teachers: dict[str, At] = {}
+    """domain -> its teacher"""
+    credit: tuple[Credit, ...] = Field(min_length=1)
+    loss: Loss
+    optimizer: AdamW | Muon = AdamW(lr=4e-4)
+    schedule: Schedule = Schedule()
+    clip: float = 1.0
+    steps: int = Field(100, ge=1)
+    prompts: int = Field(16, ge=1)
+    """prompts a step, all domains together"""
+    group: int = Field(8, ge=1)
+    """samples a prompt"""
+    minibatches: int = Field(1, ge=1)
+    """updates a step; more than one makes the later ones off-policy"""
+    template: Template = Chat()
+    sampling: Sampling = Sampling()
+    checkpoints: tuple[int, ...] = ()
+    """Steps kept as a series that edges may name."""
+    seed: int = 0
+    dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+    rollout_dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
+    slots: int = Field(256, ge=1, json_schema_extra={"unkeyed": True})
+    micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
+
+    def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
+        model = need_model(types, self.model)
+        for domain in self.domains:
+            need_domain(types, self.tasks, domain)
+        self._check_teachers(types, model)
+        self._check_signals()
+        if self.prompts % len(self.domains):
+            raise SpecError(f"prompts {self.prompts} cannot be shared equally by {len(self.domains)} domains")
+        return {"policy": replace(model, checkpoints=self.checkpoints)}
+
+    def _check_teachers(self, types: Callable[[At], Type], model: ModelType) -> None:
+        if not self.teachers:
+            return
+        for domain in self.domains:
+            if domain not in self.teachers:
+                raise SpecError(f"domain {domain!r} has no teacher{suggest(domain, self.teachers)}")
+        for domain, at in self.teachers.items():
+            teacher = need_model(types, at)
+            for what, mine, other in (
+                ("tokenizer", model.tokenizer_key, teacher.tokenizer_key),
+                ("chat template", model.template_key, teacher.template_key),
+            ):
+                if mine != other:
+                    raise SpecError(
+                        f"the teacher of {domain!r}, {at.of.name!r}, has another {what} ({other[:8]}) than the student "
+                        f"({mine[:8]}): both must see the same ids; give both the same tokenizer and template"
+                    )
+
+    def _check_signals(self) -> None:
+        have = set(SAMPLED)
+        for rule in self.credit:
+            _need(rule.kind(), rule.needs() - have)
+            have |= rule.gives()
+        _need(self.loss.kind(), self.loss.needs() - have)
+        wants_teachers = any(name.startswith("teacher") for rule in self.credit for name in rule.gives())
+        if wants_teachers and not self.teachers:
+            raise SpecError("a credit rule asks teachers, but none are given; set teachers to {domain: a stage's policy}")
+
+    def estimate(self, types: Callable[[At], Type]) -> float:
+        tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
+        own = 8.0 * need_model(types, self.model).params * tokens
+        teachers = [need_model(types, at).params for at in self.teachers.values()]
+        return own + (2.0 * tokens * sum(teachers) / len(teachers) if teachers else 0.0)
+
+    def run(self, ctx: Any) -> None:
+        _Loop(self, ctx).run()
+
+
+def _need(who: str, missing: frozenset[str] | set[str]) -> None:
+    if missing:
+        raise SpecError(
+            f"{who} needs {', '.join(sorted(missing))}, which nothing before it gives; add the credit rule that does"
+        )
+
+
+class _Loop:
+    """The state of one running `Online`."""
+
+    def __init__(self, stage: Online, ctx: Any):
+        from tutelage.credit.base import CreditContext
+        from tutelage.learn.learner import Learner, ModelScorer
+        from tutelage.model.folder import load_model
+        from tutelage.rollout.policy import Policy
+        from tutelage.text.rows import read_tasks
+
+        self.stage, self.ctx = stage, ctx
+        self.policy = Policy(ctx.input(stage.model), stage.slots, stage.rollout_dtype)
+        self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype)
+        self.driver = self.policy.driver(stage.template, stage.env, stage.sampling)
+        self.scorers: dict[Path, ModelScorer] = {}  # one for each folder, however many domains it teaches
+        teachers = {d: ctx.input(at) for d, at in stage.teachers.items() if d in stage.domains}
+        for domain, folder in teachers.items():
+            if folder not in self.scorers:
+                self.scorers[folder] = ModelScorer(stage.teachers[domain].of.name, load_model(folder))
+        by_domain: dict[str, Scorer] = {d: self.scorers[folder] for d, folder in teachers.items()}
+        self.credit_context = CreditContext(stage.sampling.scored_at, by_domain)
+        self.pools: dict[str, list[Task]] = {d: [] for d in stage.domains}
+        for task in read_tasks(ctx.input(stage.tasks)):
+            if task.domain in self.pools:
+                self.pools[task.domain].append(task)
+
+    def run(self) -> None:
+        import torch
+
+        stage, ctx = self.stage, self.ctx
+        step, folder = ctx.resume()
+        if folder:
+            self.learner.restore(torch.load(folder / "state.pt"))
+        while step < stage.steps:
+            self._step(step)
+            step += 1
+            if step in stage.checkpoints:
+                self._write(ctx.output("policy", step))
+            ctx.boundary(step, lambda to: torch.save(self.learner.state(), to / "state.pt"))
+        self._write(ctx.output("policy"))
+
+    def _step(self, step: int) -> None:
+        stage, ctx, began = self.stage, self.ctx, time.monotonic()
+        self.policy.refresh(step)
+        drawn = self.driver.collect(self._prompts(step), stage.group, stage.seed * 1_000_003 + step)
+        self.policy.charge(ctx.cost)
+        metrics = _describe(drawn)
+        trained, credited = self._assign(drawn)
+        metrics.update(credited)
+        if trained:
+            metrics.update(self._update(trained, step))
+        tokens = sum(int(s.mask.sum()) for s in drawn)
+        metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
+        ctx.log(step + 1, **metrics)
+        shown = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
+        ctx.progress(step + 1, stage.steps, **shown, tokens=tokens)
+
+    def _prompts(self, step: int) -> list[Task]:
+        """Equal numbers of each domain's tasks, each domain in its own shuffled order."""
+        share = self.stage.prompts // len(self.pools)
+        return [
+            tasks[i]
+            for k, tasks in enumerate(self.pools.values())
+            for i in batch_order(len(tasks), share, step, self.stage.seed * 1009 + k)
+        ]
+
+    def _assign(self, drawn: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:
+        samples, found = list(drawn), {}
+        for rule in self.stage.credit:
+            samples, metrics = asyncio.run(rule.assign(samples, self.credit_context))
+            found.update({name: a / b if b else a for name, (a, b) in metrics.items()})
+        for scorer in self.scorers.values():
+            self.ctx.cost.spend("scored", scorer.scored, scorer.params)
+            scorer.scored = 0
+        return samples, found
+
+    def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
+        """One pass over the samples in whole groups; the metrics of its first minibatch, which is on-policy."""
+        stage, first = self.stage, {}
+        for part in _minibatches(samples, stage.minibatches):
+            metrics = self.learner.forward_backward(part, stage.loss, stage.sampling.scored_at, self._extras())
+            metrics["grad_norm"] = self.learner.step(stage.schedule.factor(step, stage.steps))
+            self.ctx.cost.spend("trained", sum(len(s.tokens) for s in part), self.policy.params)
+            first = first or metrics
+        return first
+
+    def _extras(self) -> dict[str, Any]:
+        from tutelage.credit.teacher import distinct
+
+        teachers = self.credit_context.teachers
+        return {"teacher_heads": tuple(s.head for s in distinct(teachers))} if teachers else {}
+
+    def _write(self, folder: Path) -> None:
+        from tutelage.model.folder import save_model
+
+        save_model(self.policy.model, self.policy.tokenizer, folder)
+
+
+def _minibatches(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """Whole groups dealt out in order; never more parts than groups."""
+    groups: dict[str, list[Sample]] = {}
+    for s in samples:
+        groups.setdefault(s.group, []).append(s)
+    shares = np.array_split(np.arange(len(groups)), min(parts, len(groups)))
+    listed = list(groups.values())
+    return [[s for g in share for s in listed[g]] for share in shares]
+
+
+def _describe(samples: Sequence[Sample]) -> dict[str, float]:
+    """Reward, length and health of what was drawn, by domain where there are several."""
+    scored = [s for s in samples if not (s.score and s.score.error)]
+    found = {
+        "reward": _mean([s.scalars["reward"] for s in scored]),
+        "length": _mean([float(s.mask.sum()) for s in samples]),
+        "truncated": _mean([float(s.stop == "length") for s in samples]),
+        "verifier_errors": float(len(samples) - len(scored)),
+    }
+    domains = sorted({s.domain for s in samples})
+    if len(domains) > 1:
+        for d in domains:
+            found[f"reward/{d}"] = _mean([s.scalars["reward"] for s in scored if s.domain == d])
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
