@@ -100,7 +100,8 @@ def test_weights_change_only_when_drained():
 def test_new_weights_reach_a_copy_in_another_precision():
     model, other = tiny.model(seed=0), tiny.model(seed=1)
     engine = LocalEngine(model, tiny.tokenizer(), 8, dtype="bfloat16")
-    assert engine.model is not model and engine.model.dtype == torch.bfloat16
+    assert engine.model is not model
+    assert engine.model.dtype == torch.bfloat16
     greedy = requests(Sampling(max_new_tokens=8, temperature=0), 1)
     before = [d.tokens.tolist() for d in drain(engine, greedy)]
     model.load_state_dict(other.state_dict())

@@ -1,7 +1,7 @@
-"""Optimizers and schedules as specs. The optimizers themselves are PyTorch's.
+"""Optimizers and schedules as specs. The optimizers themselves are PyTorch's (Muon with fp32 arithmetic, learn/muon.py).
 
-Muon (Jordan et al., 2024; `torch.optim.Muon`) takes the matrices inside the layers; embeddings, the output head, norms and
-biases go to AdamW, as its authors advise.
+Muon (Jordan et al., 2024) takes the matrices inside the layers; embeddings, the output head, norms and biases go to AdamW,
+as its authors advise.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ class AdamW(Spec):
 
     def build(self, model: Any) -> list[Any]:
         """Optimizers over the trainable parameters."""
+        return [self.over([p for p in model.parameters() if p.requires_grad])]
+
+    def over(self, params: list[Any]) -> Any:
         from torch.optim import AdamW as Torch
 
-        params = [p for p in model.parameters() if p.requires_grad]
-        return [Torch(params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)]
+        return Torch(params, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True)
 
 
 class Muon(Spec):
-    """`torch.optim.Muon` on the layers' matrices, `AdamW` on the rest."""
+    """`tutelage.learn.muon.Muon` on the layers' matrices, `AdamW` on the rest."""
 
     lr: float = Field(2e-2, gt=0)
     momentum: float = 0.95
@@ -39,17 +41,16 @@ class Muon(Spec):
     rest: AdamW = AdamW(lr=4e-3)
 
     def build(self, model: Any) -> list[Any]:
-        import torch
+        from tutelage.learn.muon import Muon as Torch
 
         ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
         params = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in params if p.ndim == 2 and id(p) not in ends]
         chosen = {id(p) for p in matrices}
         others = [p for p in params if id(p) not in chosen]
-        rest = self.rest
         return [
-            torch.optim.Muon(matrices, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay),
-            torch.optim.AdamW(others, lr=rest.lr, betas=rest.betas, eps=rest.eps, weight_decay=rest.weight_decay),
+            Torch(matrices, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay),
+            self.rest.over(others),
         ]
 
 

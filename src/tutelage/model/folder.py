@@ -29,7 +29,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=getattr(torch, dtype), attn_implementation=register()
     )
-    return model.to(torch.device(device)).eval()
+    model.to(torch.device(device))
+    return model.eval()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -203,7 +203,8 @@ class _Loop:
 
     def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
         """One pass over the samples in whole groups; the metrics of its first minibatch, which is on-policy."""
-        stage, first = self.stage, {}
+        stage = self.stage
+        first: dict[str, float] = {}
         for part in _minibatches(samples, stage.minibatches):
             metrics = self.learner.forward_backward(part, stage.loss, stage.sampling.scored_at, self._extras())
             metrics["grad_norm"] = self.learner.step(stage.schedule.factor(step, stage.steps))
