@@ -183,10 +183,9 @@ def _typed(recipe: str, name: str, hint: Any, text: str) -> Any:
     except ValidationError as error:
         try:
             return adapter.validate_python(text)
-        except ValidationError:
-            says = error.errors(include_url=False)[0]["msg"]
-            if "JSON" in says:
-                says = f"Input should be a valid {getattr(hint, '__name__', hint)}"
+        except ValidationError as second:
+            found = second if "JSON" in error.errors(include_url=False)[0]["msg"] else error
+            says = found.errors(include_url=False)[0]["msg"].partition(", unable to parse")[0]
             raise SpecError(f"argument {name!r} of recipe {recipe!r}: {says} (got {text!r})") from None
 
 

@@ -49,6 +49,20 @@ Cores = Annotated[
 STORE = Path("store")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from tutelage import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _shared(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
 def main() -> NoReturn:
     """Runs the command line and exits."""
     try:

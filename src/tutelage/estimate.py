@@ -126,7 +126,10 @@ def reasons(plan: Plan, store: Store) -> dict[str, str]:
     for node in plan.nodes.values():
         why[node.key] = node.why
         near = stored.get((node.stage.name, node.stage.kind()))
-        if node.status == "run" and node.why == "not in the store":
+        step = store.checkpoint(node.key) if node.status == "run" else None
+        if step is not None:
+            why[node.key] = f"goes on from step {step}"
+        elif node.status == "run" and node.why == "not in the store":
             made = [_changes(node, records[node.stage.name], meta) for meta in near or ()]
             why[node.key] = min(made, key=len) if made else "never made here"
     return why

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from tutelage.spec import Spec, SpecError, canonical, digest, dump, load, suggest, unkeyed, walk
+from tutelage.spec import Spec, SpecError, build, canonical, digest, dump, load, resolve_kind, suggest, unkeyed, walk
 
 Kind = Literal["model", "data", "scores"]
 
@@ -227,15 +227,23 @@ def from_record(rec: dict[str, Any]) -> Goals:
         if part not in rec:
             raise SpecError(f"the record has no {part!r}; a recipe record holds recipe, stages and goals")
     raw: dict[str, Any] = rec["stages"]
+    if not isinstance(raw, dict) or not isinstance(rec["goals"], list):
+        raise SpecError("a record's 'stages' is an object of stages by name, and its 'goals' a list of edges")
+    for name, each in raw.items():
+        if not isinstance(each, dict) or "kind" not in each:
+            raise SpecError(f"stage {name!r} of the record is not an object with a 'kind'")
     built: dict[str, Stage] = {}
     opened: set[str] = set()
 
     def edge(value: dict) -> At | None:
         if "ref" not in value:
             return None
-        if value["ref"] not in raw:
+        if not isinstance(value["ref"], str) or value["ref"] not in raw:
             raise SpecError(f"unknown stage {value['ref']!r}{suggest(value['ref'], raw)}")
-        return At(of=built[value["ref"]], port=value.get("port", "policy"), step=value.get("step"))
+        of = built[value["ref"]]
+        made = build(At, {"port": next(iter(of.outputs), ""), **{k: v for k, v in value.items() if k != "ref"}, "of": of})
+        assert isinstance(made, At)
+        return made
 
     stack = list(reversed(raw))
     while stack:
@@ -244,19 +252,20 @@ def from_record(rec: dict[str, Any]) -> Goals:
         if name in built or not missing:
             stack.pop()
             if name not in built:
-                stage = load({**raw[name], "name": name}, edge, name)
-                if not isinstance(stage, Stage):
-                    raise SpecError(f"{name!r} is not a stage; give it the kind of one")
-                built[name] = stage
+                cls = resolve_kind(raw[name]["kind"])
+                if not issubclass(cls, Stage):
+                    raise SpecError(f"{name!r} is not a stage but a {cls.kind()}; give it the kind of one")
+                built[name] = load({**raw[name], "name": name}, edge, name)
         elif name in opened and any(m in opened and m in stack for m in missing):
             raise SpecError(f"stage {name!r} needs itself, through {missing[0]!r}")
         else:
             opened.add(name)
             stack.extend(missing)
     table = load(rec["table"], edge, "table") if rec.get("table") else None
-    return Goals(
-        recipe=rec["recipe"], seed=rec.get("seed", 0), table=table, stages=tuple(load(g, edge, "goals") for g in rec["goals"])
-    )
+    reached = tuple(load(g, edge, f"goals.{i}") for i, g in enumerate(rec["goals"]))
+    goals = build(Goals, {"recipe": rec["recipe"], "seed": rec.get("seed", 0), "table": table, "stages": reached}, "record")
+    assert isinstance(goals, Goals)
+    return goals
 
 
 def _refs(value: Any) -> Iterator[str]:
@@ -264,7 +273,7 @@ def _refs(value: Any) -> Iterator[str]:
     while spots:
         spot = spots.pop()
         if isinstance(spot, dict):
-            if "ref" in spot:
+            if isinstance(spot.get("ref"), str):
                 yield spot["ref"]
             spots.extend(spot.values())
         elif isinstance(spot, list):

@@ -245,17 +245,17 @@ class Bars(Progress):
         steps = f"{lane.step}/{lane.total}" if lane.total else "starting"
         cells = [
             Text(name, style="bold", no_wrap=True),
-            Text.assemble(("━" * full, "green"), ("━" * (bar - full), "bright_black")),
+            Text.assemble(("━" * full, "green"), ("─" * (bar - full), "bright_black")),
             Text(f"{steps:>9}", no_wrap=True),
             Text(f"{clock(lane.remaining):>5}", style="cyan", no_wrap=True),
             Text(f"{lane.speed:>10}", style="dim", no_wrap=True),
         ]
-        left = room - sum(c.cell_len + 1 for c in cells)
+        left = room - sum(c.cell_len + 1 for c in cells) - 1
         most = len(lane.shown)
         while most and len(lane.numbers(most)) > left:
             most -= 1
         yield from cells
-        yield Text(lane.numbers(most), no_wrap=True)
+        yield Text(f" {lane.numbers(most)}", no_wrap=True)
 
 
 def watch(plan: Plan, estimator: Estimator, cores: int, console: Console, plain: bool) -> Progress:

@@ -73,10 +73,10 @@ def flags(cls: type[Spec], name: str) -> dict[str, Any]:
     return extra if isinstance(extra, dict) else {}
 
 
-def suggest(word: str, valid: Iterable[str]) -> str:
+def suggest(word: object, valid: Iterable[str]) -> str:
     """``; did you mean X? Valid: ...`` for an unknown word."""
     names = sorted(valid)
-    near = difflib.get_close_matches(word, names, 1, 0.4)
+    near = difflib.get_close_matches(str(word), names, 1, 0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{hint} valid: {', '.join(names) or 'none'}"
 
@@ -106,13 +106,17 @@ def kinds() -> dict[str, str]:
 
 def resolve_kind(kind: str) -> type[Spec]:
     """The class of a kind (``losses.policy.DAPO``) or of a short name (``DAPO``); raises `SpecError`."""
+    if not isinstance(kind, str):
+        raise SpecError(f"a kind is a word such as losses.policy.GRPO, not {kind!r}")
     path = kinds().get(kind, kind) if "." not in kind else kind
     module, _, name = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        module = ""
     for full in (f"{PACKAGE}.{module}", module):
         try:
             if not module or importlib.util.find_spec(full) is None:
                 continue
-        except ModuleNotFoundError:
+        except (ModuleNotFoundError, ValueError):
             continue
         cls = getattr(importlib.import_module(full), name, None)
         if isinstance(cls, type) and issubclass(cls, Spec):
@@ -169,6 +173,8 @@ def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> st
             lines.append(f"unknown field {path!r}{suggest(last, cls.model_fields)}")
         elif item["type"] == "missing":
             lines.append(f"missing field {path!r}")
+        elif item["type"] == "model_type" and isinstance(item["input"], str):
+            lines.append(f"{path}: unknown kind {item['input']!r}{suggest(item['input'], kinds())}")
         else:
             got = item["input"] if isinstance(item["input"], (str, int, float, bool, type(None))) else "..."
             lines.append(f"{path or cls.__name__}: {item['msg']} (got {got!r})")
@@ -205,7 +211,13 @@ def _same(a: Any, b: Any) -> bool:
         if not (isinstance(a, Spec) and isinstance(b, Spec)):
             return False
         return a is b or (type(a) is type(b) and all(_same(getattr(a, n), getattr(b, n)) for n in type(a).model_fields))
-    return type(a) is type(b) and a == b
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a == b
 
 
 def digest(form: Any) -> str:

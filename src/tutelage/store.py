@@ -107,6 +107,11 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def checkpoint(self, key: str) -> int | None:
+        """The step from which unfinished work goes on; None where it starts anew."""
+        steps = [int(p.name.rpartition("-")[2]) for p in (self.root / "work" / key).glob("checkpoint-*")]
+        return max(steps, default=None)
+
     def publish(self, key: str, meta: dict[str, Any]) -> None:
         """Moves finished work into the artifacts: content hashed, written through to disk, then one rename.
 

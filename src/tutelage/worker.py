@@ -135,7 +135,9 @@ class Worker:
         mine, store = job["key"], self.store
         stage = self._stage(job["goals"], mine)
         set_threads(stage.threads)
-        step = clean(store.work(mine))
+        step = store.checkpoint(mine)
+        if step is None:
+            clean(store.work(mine))
         how, at = ("started", {}) if step is None else ("resumed", {"step": step})
         store.event(f"stage {how}", **facts, **at)
         self.tell({"event": how, **facts, **at})
@@ -207,17 +209,13 @@ class Worker:
         }
 
 
-def clean(work: Path) -> int | None:
-    """The step a stage will go on from, or None; without a checkpoint, what a killed attempt left is removed."""
-    steps = [int(p.name.rpartition("-")[2]) for p in work.glob("checkpoint-*")]
-    if steps:
-        return max(steps)
+def clean(work: Path) -> None:
+    """Removes what an attempt without a checkpoint has left."""
     for left in work.iterdir():
         if left.is_dir():
             shutil.rmtree(left)
         elif left.name != "log.txt":
             left.unlink()
-    return None
 
 
 def set_threads(threads: int) -> None:
