@@ -1,0 +1,87 @@
+"""Group-relative advantages: a reply is judged against the other replies to its prompt.
+
+    Â = (r − mean(group)) / (std(group) + 1e-4)          GRPO (DeepSeekMath, arXiv 2402.03300, section 4.1.2)
+    Â =  r − mean(group)                                 Dr. GRPO (arXiv 2503.20783), ``scale="none"``
+
+Groups whose rewards are all equal teach nothing and are dropped: the filter of DAPO's dynamic sampling (arXiv
+2503.14476, Eq. 11). A sample whose verifier failed leaves the baseline and the training set. The standard deviation
+is the unbiased one (n − 1), as in TRL and veRL; the paper does not say.
+
+Leaves out: sampling again to refill a batch after the filter (the stage's business), leave-one-out baselines (RLOO: the
+same up to n/(n−1)), batch-wide scaling (REINFORCE++), and length or overlong shaping (the verifier's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from tutelage.credit.base import Credit, CreditContext
+from tutelage.losses.base import Metrics
+from tutelage.types import Sample, Signal
+
+EPSILON = 1e-4
+"""Added to the standard deviation, as in TRL."""
+
+
+class GroupRelative(Credit):
+    """Writes ``advantage`` [T_sel], one value a sample, from ``sample.scalars["reward"]``."""
+
+    scope: ClassVar[Literal["group", "step"]] = "group"
+    scale: Literal["group", "none"] = "group"
+    """divide by the group's standard deviation (GRPO) or not (Dr. GRPO)"""
+    drop_uniform: bool = True
+    """drop groups of zero variance; set False where another term, such as a teacher, can still learn from them"""
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"reward"})
+
+    def gives(self) -> frozenset[str]:
+        return frozenset({"advantage"})
+
+    async def assign(self, samples: Sequence[Sample], ctx: CreditContext) -> tuple[list[Sample], Metrics]:
+        sound = [s for s in samples if not failed(s)]
+        kept: list[Sample] = []
+        informative = 0
+        for group in groups(sound):
+            advantages = relative(np.array([s.scalars["reward"] for s in group]), self.scale)
+            informative += bool(advantages.any())
+            if self.drop_uniform and not advantages.any():
+                continue
+            for sample, advantage in zip(group, advantages, strict=True):
+                write(sample, advantage)
+            kept += [s for s in group if s.mask.any()]
+        return kept, {
+            "reward": (float(sum(s.scalars["reward"] for s in sound)), float(len(sound))),
+            "verifier_errors": (float(len(samples) - len(sound)), float(len(samples))),
+            "informative_groups": (float(informative), float(len({s.group for s in samples}))),
+        }
+
+
+def failed(sample: Sample) -> bool:
+    """Whether the verifier itself failed on this sample."""
+    return sample.score is not None and sample.score.error is not None
+
+
+def groups(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Samples by ``sample.group``, in order of first appearance."""
+    found: dict[str, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(sample.group, []).append(sample)
+    return list(found.values())
+
+
+def relative(rewards: np.ndarray, scale: Literal["group", "none"]) -> np.ndarray:
+    """Advantages [n] of one group's rewards [n]; exactly zero where all are equal, a group of one included."""
+    if np.ptp(rewards) == 0:  # not std == 0: the std of three times 0.1 is 1e-17
+        return np.zeros(len(rewards))
+    centred = rewards - rewards.mean()
+    return centred if scale == "none" else centred / (rewards.std(ddof=1) + EPSILON)
+
+
+def write(sample: Sample, advantage: float) -> None:
+    """Puts one number on every trained position."""
+    values = np.full(len(sample.trained), advantage, np.float32)
+    sample.signals["advantage"] = Signal(values, sample.trained, {"kind": "group_relative"})

@@ -1,0 +1,109 @@
+"""On-policy distillation: reverse KL to a teacher on the student's own samples, by sampled token or full vocabulary.
+
+`SampledReverseKL` is MiMo-V2-Flash's (arXiv 2601.02780, Eq. 8-9) with the advantage clip of MOPD (arXiv 2606.30406):
+
+    L = - Σ_rows 1/|y| Σ_t w_t Â_t log π_θ(y_t)
+    w_t = sg[π_θ/μ_θ] if within [weight_low, weight_high], else 0          (discarded, not clamped)
+    Â_t = sg[clip(log π_T − log π_θ, ±advantage_clip)] + α Â_ORM
+
+Â_t is formed inside the loss from the student's present log-probs: it cannot be stale, cannot lose the student's term,
+and nothing normalises it over a batch. MiMo does not disclose its bounds on w or α; the defaults are those of
+Nemotron 3 Ultra's released configuration, [0.2, 5], and α = 0.
+
+`FullReverseKL` is DeepSeek V4's (arXiv 2606.19348, Eq. 29), on the student's samples:
+
+    L = Σ_t Σ_v p_s(v) [log p_s(v) − log p_t(v)]
+
+The teacher's log-probs are rebuilt from its last hidden states through its head, a chunk of tokens at a time.
+
+Leaves out: top-k forms, Nemotron's clipped surrogate with a proximal policy and IcePop mask, V4's weights w_i (each
+teacher counts by its share of the tokens), any correction for samples that are not quite the policy's own in
+`FullReverseKL`, and who the teacher of a token is (credit/teacher.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tutelage.losses.base import Loss, Metrics, Output
+from tutelage.losses.policy import drift, token_means, total
+from tutelage.types import Batch
+
+
+class SampledReverseKL(Loss):
+    """Policy gradient towards the teacher. Reads signals ``teacher_logp``, ``behaviour_logp`` and, where α is not 0,
+    ``advantage``, each [M]; all log-probs must be under the sampling temperature."""
+
+    per: ClassVar[Literal["tokens", "rows"]] = "rows"
+    advantage_clip: float | None = Field(5.0, gt=0)
+    """A: bound on |log π_T − log π_θ| (MOPD: 5, Nemotron 3 Ultra: 20); None leaves it free, as in MiMo's Eq. 8"""
+    weight_low: float = Field(0.2, ge=0)
+    """tokens with π_θ/μ_θ below this are discarded"""
+    weight_high: float = Field(5.0, gt=0)
+    """tokens with π_θ/μ_θ above this are discarded"""
+    alpha: float = 0.0
+    """α: weight of the outcome-reward advantage, added after the clip"""
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_logp", "behaviour_logp"} | ({"advantage"} if self.alpha else set()))
+
+    def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
+        weight, kept = self._weight(out, batch)
+        gap = batch.signals["teacher_logp"] - out.logp.detach()
+        advantage = gap if self.advantage_clip is None else gap.clamp(-self.advantage_clip, self.advantage_clip)
+        metrics = token_means(kl=-gap, clip_fraction=advantage != gap, discarded=~kept)
+        if self.alpha:
+            advantage = advantage + self.alpha * batch.signals["advantage"]
+        loss = -total(weight * advantage * out.logp, batch, self.per)
+        return loss, {**metrics, **drift(out, batch)}
+
+    def _weight(self, out: Output, batch: Batch) -> tuple[Any, Any]:
+        """w [M] without gradient, and bool [M] where it was kept."""
+        ratio = (out.logp.detach() - batch.signals["behaviour_logp"]).exp()
+        kept = (ratio >= self.weight_low) & (ratio <= self.weight_high)
+        return ratio.where(kept, 0.0), kept
+
+
+class FullReverseKL(Loss):
+    """Exact reverse KL at every trained token.
+
+    Reads signals ``teacher_hidden`` [M, Dmax] (narrower teachers are zero-padded on the right) and ``teacher`` int [M];
+    ``batch.extras["teacher_heads"]``, a sequence indexed by ``teacher`` of ``head(hidden [m, head.width]) -> logits
+    [m, V]`` in fp32 over the true vocabulary; and ``batch.extras["temperature"]``, that of ``out``.
+    """
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher_hidden", "teacher"})
+
+    def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
+        hidden, teacher = batch.signals["teacher_hidden"], batch.signals["teacher"]
+        kl = out.logp.new_zeros(len(teacher))
+        for i in teacher.unique().tolist():  # one head at a time
+            head = batch.extras["teacher_heads"][i]
+            mine = (teacher == i).nonzero().squeeze(1)
+            fn = partial(reverse_kl, head=head, temperature=batch.extras["temperature"])
+            kl = kl.index_put((mine,), out.reduce_vocab(fn, mine, hidden[mine, : head.width]))
+        return total(kl, batch, self.per), token_means(kl=kl, entropy=out.entropy)
+
+
+def reverse_kl(student: Any, hidden: Any, head: Callable[[Any], Any], temperature: float) -> Any:
+    """KL(student ‖ teacher) [m] from the student's log-probs [m, V] and the teacher's hidden states [m, D].
+
+    The gradient of ``log p_s`` inside the sum is Σ_v ∇p_s(v) = 0; leaving it out changes nothing but rounding, and makes
+    the gradient exactly zero where the two agree. Raises `ValueError` where the vocabularies differ.
+    """
+    import torch
+
+    with torch.no_grad():
+        logits = head(hidden)
+        if logits.shape[-1] != student.shape[-1]:
+            raise ValueError(
+                f"the student's vocabulary has {student.shape[-1]} entries and the teacher's {logits.shape[-1]}; "
+                "cut both to the tokenizer's true vocabulary before comparing (padded rows would take part in the softmax)"
+            )
+        difference = student - (logits / temperature).log_softmax(-1)
+    return (student.exp() * difference).sum(-1)
