@@ -1,0 +1,453 @@
+"""What a run shows, gathered from the store: `collect` is the content of ``report --json`` and of every table and page.
+
+Reads runs, artifacts, scores and metrics; knows no stage. It takes what is there: a run in progress, a recipe without a
+table or a stage without metrics give what they have, and nothing else. Scores are fractions in [0, 1] (or what the
+verifier gives); a task whose verifier failed keeps the value the evaluation wrote for it (0 where there is none) and is
+counted under ``errors``. Costs are algorithmic FLOPs, tokens and seconds of one replicate (the mean over seeds), but for
+``cost.run``, which adds each artifact of the run once.
+
+Leaves out: reading files (read.py), arithmetic of intervals (stats.py), drawing (terminal.py, html.py).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tutelage.report import stats
+from tutelage.report.read import JSON, Edge, Measured, Run, load, read_scores
+from tutelage.report.stats import Figure
+from tutelage.store import Store
+
+BINS = 120
+"""Points kept of a curve: longer series become means of as many equal bins."""
+
+
+# --- collect -------------------------------------------------------------------------------------------------------------
+
+
+def collect(store: Store, run_name: str) -> JSON:
+    """Everything a report says of a run, as JSON. Raises `UserError` for an unknown run.
+
+    Keys: ``run``, ``recipe``, ``state``, ``arguments``, ``argv``, ``started``, ``finished``, ``seconds``, ``seeds``,
+    ``warnings``, ``stages``, ``scores``, ``recovery``, ``gaps``, ``controls``, ``lost_elsewhere``, ``cost``, ``curves``,
+    ``record``.
+    """
+    run = load(store, run_name)
+    measured = Measures(store, run)
+    metas = {k: store.meta(k) for r in run.replicates for k in r.keys.values() if store.has(k)}
+    body = run.body
+    found = {
+        "run": run.name,
+        "recipe": body.get("recipe"),
+        **{k: body.get(k) for k in ("state", "arguments", "argv", "started", "finished", "seconds")},
+        "seeds": [r.seed for r in run.replicates],
+        "warnings": warnings(run),
+        "stages": stages(store, run, metas),
+        "scores": scores(run, measured),
+        "recovery": recovery(run, measured),
+        "gaps": gaps(run, measured),
+        "controls": controls(run, measured),
+        "lost_elsewhere": lost_elsewhere(run, measured),
+        "cost": cost(run, metas),
+        "curves": curves(store, run),
+        "record": run.first.record,
+    }
+    return plain(found)
+
+
+def plain(value: Any) -> Any:
+    """JSON values only: numpy scalars unwrapped, numbers that are not finite become None, six decimals kept."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return (round(value, 6) if abs(value) < 1e6 else value) if math.isfinite(value) else None
+    return value
+
+
+def stages(store: Store, run: Run, metas: dict[str, JSON]) -> list[JSON]:
+    """Every stage of the run, one entry for each key: replicates that share an artifact share the entry."""
+    found: dict[tuple[str, str], JSON] = {}
+    for each in run.replicates:
+        for name, spec in each.record.get("stages", {}).items():
+            key = each.keys.get(name, "")
+            if (name, key) in found:
+                found[name, key]["seeds"].append(each.seed)
+                continue
+            meta = metas.get(key, {})
+            working = bool(key) and (store.root / "work" / key).exists()
+            spent = meta.get("cost") or {}
+            found[name, key] = {
+                "name": name,
+                "seeds": [each.seed],
+                "kind": meta.get("kind") or spec.get("kind"),
+                "key": key,
+                "status": "stored" if meta else "in progress" if working else "waiting",
+                "reused": bool(meta) and (meta.get("finished") or 0) < (run.body.get("started") or 0),
+                "evaluation": name in each.evaluations,
+                "inputs": [inputs_entry(e, each.keys) for e in each.edges[name]],
+                "cost": {"flops": spent.get("flops", 0.0), "tokens": spent.get("tokens") or {}},
+                **{k: meta.get(k) for k in ("seconds", "started", "finished", "threads", "host", "facts")},
+            }
+    return list(found.values())
+
+
+def inputs_entry(edge: Edge, keys: dict[str, str]) -> JSON:
+    return {
+        "path": edge.path,
+        "role": edge.role,
+        "name": edge.ref,
+        "port": edge.port,
+        "step": edge.step,
+        "key": keys.get(edge.ref),
+    }
+
+
+def checkpoint(run: Run, row: str) -> JSON:
+    """What a row or column of the tables is: its label, its stage and what that stage started from."""
+    first = run.first
+    source = first.source(row)
+    if source and source.ref in first.evaluations:  # nothing was measured but an answer, such as the majority's
+        source = None
+    parents = [e.label for e in first.parents(source.ref)] if source else []
+    return {
+        "row": row,
+        "role": run.table.role(row),
+        "stage": source.label if source else None,
+        "parent": " + ".join(parents) or None,
+        "domains_taught": [d for d, r in run.table.teachers.items() if r == row],
+        "keys": {str(r.seed): r.keys.get(source.ref) for r in run.replicates} if source else {},
+    }
+
+
+def warnings(run: Run) -> list[str]:
+    """What a reader could be misled by: a teacher's row that measures another checkpoint than the one that taught."""
+    first, found = run.first, []
+    student = first.source(run.table.after)
+    for edge in first.edges.get(student.ref, []) if student else []:
+        measured = first.source(run.table.teachers.get(edge.detail, "")) if edge.role == "teacher" else None
+        if measured and measured.label != edge.label:
+            found.append(f"the teacher of {edge.detail!r} was {edge.label}, but the table measures {measured.label}")
+    return found
+
+
+# --- scores --------------------------------------------------------------------------------------------------------------
+
+
+Cell = tuple[int, str, str]
+"""seed, row, domain"""
+
+
+class Measures:
+    """Every score of a run, with paired bootstrap figures by (seed, row, domain)."""
+
+    def __init__(self, store: Store, run: Run):
+        table = run.table
+        self.rows = list(table.rows)
+        self.seeds = [r.seed for r in run.replicates]
+        self.raw: dict[Cell, Measured] = {}
+        read: dict[tuple[str, str, int | None], Measured | None] = {}
+        for each in run.replicates:
+            for row, by_domain in each.table.rows.items():
+                for domain, edge in by_domain.items():
+                    where = (each.keys.get(edge.ref, ""), edge.port, edge.step)
+                    if where not in read:
+                        read[where] = read_scores(store, *where)
+                    found = read[where]
+                    if found is not None and found.values:
+                        self.raw[each.seed, row, domain] = found
+        self.domains = list(dict.fromkeys([*table.teachers, *(d for row in table.rows.values() for d in row)]))
+        self.figures: dict[Cell, Figure] = {}
+        for domain in self.domains:
+            mine = {k: m.values for k, m in self.raw.items() if k[2] == domain}
+            drawn = stats.resample(domain, mine, {k: k[0] for k in mine})
+            self.figures.update({k: drawn[k] for k in mine})
+
+    def seeds_with(self, *cells: tuple[str, str]) -> list[int]:
+        """The seeds at which every (row, domain) has been measured."""
+        return [s for s in self.seeds if all((s, row, domain) in self.figures for row, domain in cells)]
+
+    def mean(self, row: str, domain: str, seeds: list[int]) -> Figure:
+        return stats.mean(self.figures[s, row, domain] for s in seeds)
+
+    def difference(self, row: str, than: str, domain: str) -> JSON | None:
+        """Paired ``row − than`` over the seeds that have both; None where none has."""
+        seeds = self.seeds_with((row, domain), (than, domain))
+        if not seeds:
+            return None
+        parts = {s: self.figures[s, row, domain] - self.figures[s, than, domain] for s in seeds}
+        both = stats.mean(parts.values())
+        shown = [{"seed": s, "difference": f.point, "interval": f.interval} for s, f in parts.items()]
+        return {"difference": both.point, "interval": both.interval, "seeds": shown}
+
+
+def scores(run: Run, measured: Measures) -> JSON:
+    """row -> its checkpoint, and by domain the mean over seeds, its interval and every seed."""
+    found: JSON = {}
+    for row in measured.rows:
+        domains: JSON = {}
+        for domain in measured.domains:
+            raws = {s: measured.raw[s, row, domain] for s in measured.seeds if (s, row, domain) in measured.raw}
+            if raws:
+                domains[domain] = score_entry(raws)
+        found[row] = {**checkpoint(run, row), "domains": domains}
+    return found
+
+
+def score_entry(raws: dict[int, Measured]) -> JSON:
+    """Mean over seeds; interval by Wilson at the number of distinct tasks."""
+    shown: list[JSON] = []
+    tasks: set[str] = set()
+    for seed, raw in raws.items():
+        values = np.fromiter(raw.values.values(), float)
+        tasks.update(raw.values)
+        interval = stats.mean_interval(float(values.mean()), float(values.var()), len(values))
+        shown.append({"seed": seed, "n": len(values), "mean": values.mean(), "interval": interval, "errors": raw.errors})
+    every = np.concatenate([np.fromiter(r.values.values(), float) for r in raws.values()])
+    middle = float(np.mean([s["mean"] for s in shown]))
+    return {
+        "n": len(tasks),
+        "mean": middle,
+        "interval": stats.mean_interval(middle, float(every.var()), len(tasks)),
+        "errors": sum(r.errors for r in raws.values()),
+        "seeds": shown,
+    }
+
+
+# --- what the scores say ---------------------------------------------------------------------------------------------------
+
+
+def recovery(run: Run, measured: Measures) -> JSON | None:
+    """The primary figure, its interval, every seed and every domain; None without a table.
+
+    ``mean``: over seeds, of Σ_d(after − before) / Σ_d(teacher − before) with no domain dropped; None while no seed is
+    measured whole, or where the summed gap of any seed has an interval that includes 0. ``domains``: accuracies are means
+    over seeds; the ratio is that of the sums over seeds, None where its gap's interval includes 0.
+    """
+    before, after, teachers = run.table.before, run.table.after, run.table.teachers
+    if not (before and after and teachers):
+        return None
+    cells = {d: ((before, d), (t, d), (after, d)) for d, t in teachers.items()}
+    whole = measured.seeds_with(*(c for three in cells.values() for c in three))
+    figures, seeds = [], []
+    for seed in whole:
+        three = [[measured.figures[seed, *cells[d][i]] for d in cells] for i in range(3)]
+        primary = stats.recovery(*three)
+        figures.append(primary.ratio)
+        own = {d: ratio_entry(*([column[i]] for column in three)) for i, d in enumerate(cells)}
+        seeds.append({"seed": seed, **ratio_numbers(primary), "domains": own})
+    domains: JSON = {}
+    for domain, three_cells in cells.items():
+        at = measured.seeds_with(*three_cells)
+        if at:
+            domains[domain] = ratio_entry(*([measured.figures[s, *cell] for s in at] for cell in three_cells))
+    sure = [f for f in figures if f is not None]
+    both = stats.mean(sure) if sure and len(sure) == len(figures) else None
+    return {
+        "mean": both.point if both else None,
+        "interval": both.interval if both else None,
+        "definition": "mean over seeds of sum(after - before) / sum(teacher - before) over all domains",
+        "seeds": seeds,
+        "seeds_missing": [s for s in measured.seeds if s not in whole],
+        "domains": domains,
+        "before": checkpoint(run, before),
+        "after": checkpoint(run, after),
+        "teachers": {d: checkpoint(run, t) for d, t in teachers.items()},
+    }
+
+
+def ratio_numbers(ratio: stats.Ratio) -> JSON:
+    return {
+        "recovery": ratio.ratio.point if ratio.ratio else None,
+        "interval": ratio.ratio.interval if ratio.ratio else None,
+        "gain": ratio.gain.point,
+        "gap": ratio.gap.point,
+        "gap_interval": ratio.gap.interval,
+    }
+
+
+def ratio_entry(before: list[Figure], teacher: list[Figure], after: list[Figure]) -> JSON:
+    """One domain over seeds: mean accuracies, and the ratio of sums (gain and gap as means over seeds)."""
+    means = [stats.mean(column) for column in (before, teacher, after)]
+    numbers = ratio_numbers(stats.recovery(*([m] for m in means)))
+    return {"before": means[0].point, "teacher": means[1].point, "after": means[2].point, **numbers}
+
+
+def gaps(run: Run, measured: Measures) -> list[JSON]:
+    """What the headline compares, in points averaged over domains with each domain beside: the teachers (each on its own
+    domains) and the student, over the checkpoint before and over every control."""
+    before, after, teachers = run.table.before, run.table.after, run.table.teachers
+    if not (before and after and teachers):
+        return []
+    found = []
+    for than in (before, *run.table.controls):
+        for who, row_of in (("teachers", teachers), ("student", dict.fromkeys(teachers, after))):
+            entry = mean_gap(measured, row_of, than)
+            if entry:
+                found.append({"of": who, "than": than, **entry})
+    return found
+
+
+def mean_gap(measured: Measures, row_of: dict[str, str], than: str) -> JSON | None:
+    """The mean over domains of ``row_of[domain] − than``; None unless every domain has both at some seed."""
+    seeds = measured.seeds_with(*((r, d) for d, r in row_of.items()), *((than, d) for d in row_of))
+    if not seeds:
+        return None
+    figures = measured.figures
+    by_seed = {s: stats.mean(figures[s, r, d] - figures[s, than, d] for d, r in row_of.items()) for s in seeds}
+    both = stats.mean(by_seed.values())
+    return {
+        "difference": both.point,
+        "interval": both.interval,
+        "seeds": [{"seed": s, "difference": f.point, "interval": f.interval} for s, f in by_seed.items()],
+        "domains": {d: measured.difference(r, than, d) for d, r in row_of.items()},
+    }
+
+
+def controls(run: Run, measured: Measures) -> JSON:
+    """control row -> domain -> its mean, and how far the domain's teacher and the student stand above it (paired)."""
+    found: JSON = {}
+    for row in run.table.controls:
+        domains: JSON = {}
+        for domain in measured.domains:
+            seeds = measured.seeds_with((row, domain))
+            if not seeds:
+                continue
+            raws = {s: measured.raw[s, row, domain] for s in seeds}
+            teacher, after = run.table.teachers.get(domain), run.table.after
+            domains[domain] = {
+                **{k: v for k, v in score_entry(raws).items() if k != "seeds"},
+                "teacher_minus": measured.difference(teacher, row, domain) if teacher else None,
+                "student_minus": measured.difference(after, row, domain) if after else None,
+            }
+        found[row] = domains
+    return found
+
+
+def lost_elsewhere(run: Run, measured: Measures) -> JSON:
+    """teacher row -> domain that is not its own -> accuracy before and after it was trained, and the paired difference."""
+    before, teachers = run.table.before, run.table.teachers
+    found: JSON = {}
+    for row in dict.fromkeys(teachers.values()):
+        domains: JSON = {}
+        for domain in measured.domains:
+            change = measured.difference(row, before, domain) if before and teachers.get(domain) != row else None
+            if change:
+                seeds = measured.seeds_with((row, domain), (before, domain))
+                ends = {"before": measured.mean(before, domain, seeds), "after": measured.mean(row, domain, seeds)}
+                domains[domain] = {**{k: f.point for k, f in ends.items()}, **change}
+        if domains:
+            found[row] = domains
+    return found
+
+
+# --- cost ----------------------------------------------------------------------------------------------------------------
+
+
+def cost(run: Run, metas: dict[str, JSON]) -> JSON:
+    """Cost by stage, the two ledgers, and what the whole run spent.
+
+    ``consolidation``: the student's stage, and any between it and the checkpoint before on the line it started from.
+    ``with_teachers``: everything the student needs that the checkpoint before did not: the teachers too.
+    """
+    first = run.first
+    by_stage: JSON = {}
+    for name in first.record.get("stages", {}):
+        keys = [r.keys.get(name, "") for r in run.replicates if r.keys.get(name) in metas]
+        if keys:
+            by_stage[name] = {**mean_cost([metas[k] for k in keys]), "evaluation": name in first.evaluations}
+    ledgers = {n: ledger(by_stage, sorted(names)) for n, names in ledger_stages(run).items()}
+    used = [m for k, m in metas.items() if any(k in r.keys.values() for r in run.replicates)]
+    spent = {k: sum(m.get(k) or 0 for m in used) for k in ("seconds",)}
+    flops = sum((m.get("cost") or {}).get("flops", 0.0) for m in used)
+    return {"by_stage": by_stage, "ledgers": ledgers, "run": {"flops": flops, **spent, "artifacts": len(used)}}
+
+
+def mean_cost(metas: list[JSON]) -> JSON:
+    """The mean over replicates of what one stage spent."""
+    tokens: dict[str, float] = {}
+    for meta in metas:
+        for what, count in ((meta.get("cost") or {}).get("tokens") or {}).items():
+            tokens[what] = tokens.get(what, 0) + count / len(metas)
+    flops = sum((m.get("cost") or {}).get("flops", 0.0) for m in metas) / len(metas)
+    return {"flops": flops, "seconds": sum(m.get("seconds") or 0.0 for m in metas) / len(metas), "tokens": tokens}
+
+
+def ledger(by_stage: JSON, names: list[str]) -> JSON:
+    have = [by_stage[n] for n in names if n in by_stage]
+    kinds = sorted({k for c in have for k in c["tokens"]})
+    return {
+        "stages": names,
+        "missing": [n for n in names if n not in by_stage],
+        "flops": sum(c["flops"] for c in have),
+        "seconds": sum(c["seconds"] for c in have),
+        "tokens": {k: sum(c["tokens"].get(k, 0) for c in have) for k in kinds},
+    }
+
+
+def ledger_stages(run: Run) -> dict[str, set[str]]:
+    """Which stages each ledger adds; empty without a table."""
+    first, table = run.first, run.table
+    student, start = first.source(table.after), first.source(table.before)
+    if student is None:
+        return {}
+    old = first.above(start.ref) if start else set()
+    line, each = [student.ref], student.ref
+    while start and each != start.ref:
+        parents = first.parents(each)
+        if not parents or parents[0].ref in line:
+            line = [student.ref]  # the student does not come from the checkpoint before: only its own stage counts
+            break
+        each = parents[0].ref
+        line.append(each)
+    mine = {n for n in line if not start or n != start.ref}
+    return {"consolidation": mine, "with_teachers": (first.above(student.ref) - old) | mine}
+
+
+# --- curves --------------------------------------------------------------------------------------------------------------
+
+
+def curves(store: Store, run: Run) -> JSON:
+    """stage -> metric -> one series a seed ``{seed, step, value}``, long ones as means of bins."""
+    found: JSON = {}
+    seen: set[str] = set()
+    for each in run.replicates:
+        for name in each.record.get("stages", {}):
+            key = each.keys.get(name, "")
+            if name in each.evaluations or not key or key in seen:
+                continue
+            seen.add(key)
+            for metric, (steps, values) in series(store.metrics(key)).items():
+                step, value = thin(np.array(steps, float), np.array(values, float))
+                entry = {"seed": each.seed, "step": step.tolist(), "value": [float(f"{v:.5g}") for v in value]}
+                found.setdefault(name, {}).setdefault(metric, []).append(entry)
+    return found
+
+
+def series(lines: list[JSON]) -> dict[str, tuple[list[float], list[float]]]:
+    """The finite numbers of every metric, with their steps."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name in ("step", "time") or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if math.isfinite(value) and "step" in line:
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(line["step"])
+                values.append(value)
+    return found
+
+
+def thin(steps: np.ndarray, values: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, np.ndarray]:
+    """At most ``bins`` points: means of consecutive, equally long runs of the series."""
+    if len(steps) <= bins:
+        return steps, values
+    edges = np.linspace(0, len(steps), bins + 1).astype(int)[:-1]
+    sizes = np.diff(np.append(edges, len(steps)))
+    return np.add.reduceat(steps, edges) / sizes, np.add.reduceat(values, edges) / sizes

@@ -1,0 +1,310 @@
+"""A recipe's graph as inline SVG: layered left to right, who starts from whom, who teaches whom, which data feeds what.
+
+Layered drawing after Sugiyama: longest-path layers, dummy nodes on edges that skip layers, barycentre sweeps against
+crossings, and heights by least squares under a minimal distance (pool adjacent violators). Evaluations are not nodes: a
+checkpoint names the rows of the table that measure it. Edges that only bound a stage's compute are not drawn.
+
+Colours are CSS classes (report.css), so that the drawing follows the page's light or dark theme. Leaves out: interaction,
+and graphs of more than `LIMIT` nodes, which the page lists instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from html import escape
+from itertools import pairwise
+
+from tutelage.report.read import Replicate
+
+WIDTH, HEIGHT, GAP, SPACE, MARGIN = 148.0, 46.0, 104.0, 18.0, 10.0
+LIMIT = 150
+SWEEPS = 12
+VERBS = {"start": "starts", "teacher": "teaches", "data": "", "scored by": "scores", "reference": "reference of"}
+
+
+@dataclass
+class Node:
+    """A stage, or (``dummy``) a bend of an edge that passes its layer."""
+
+    name: str
+    layer: int = 0
+    y: float = 0.0
+    dummy: bool = False
+    kind: str = ""
+    role: str = ""
+    rows: list[str] = field(default_factory=list)
+    status: str = ""
+
+    @property
+    def x(self) -> float:
+        return MARGIN + self.layer * (WIDTH + GAP)
+
+    @property
+    def height(self) -> float:
+        return 6.0 if self.dummy else HEIGHT
+
+
+@dataclass
+class Link:
+    """An edge drawn: ``through`` are the dummies between its ends."""
+
+    source: str
+    target: str
+    role: str
+    label: str
+    through: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Drawing:
+    """Nodes by name and links, in layers once `arrange` has run."""
+
+    nodes: dict[str, Node]
+    links: list[Link]
+
+    @property
+    def size(self) -> tuple[float, float]:
+        layers = max((n.layer for n in self.nodes.values()), default=0) + 1
+        low = max((n.y + n.height for n in self.nodes.values()), default=0.0)
+        return layers * WIDTH + (layers - 1) * GAP + 2 * MARGIN, low + MARGIN
+
+
+def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
+    """The drawing of a record, not arranged yet. Data that only evaluations read is left out."""
+    table, hidden = replicate.table, replicate.evaluations
+    links: dict[tuple[str, str, str, str], Link] = {}
+    for target, edges in replicate.edges.items():
+        for edge in edges if target not in hidden else ():
+            if edge.role == "budget" or edge.ref in hidden:
+                continue
+            step = f" @{edge.step}" if edge.step is not None else ""
+            what = edge.port if edge.role == "data" else f"{VERBS[edge.role]} {edge.detail}".strip()
+            links.setdefault((edge.ref, target, edge.role, what + step), Link(edge.ref, target, edge.role, what + step))
+    used = {end for link in links.values() for end in (link.source, link.target)}
+    rows: dict[str, list[str]] = {}
+    for row in table.rows:
+        source = replicate.source(row)
+        if source and source.ref not in hidden:
+            rows.setdefault(source.ref, []).append(row)
+    makers = {link.source for link in links.values() if link.role != "data"} | set(rows)
+    nodes: dict[str, Node] = {}
+    for name, spec in replicate.record.get("stages", {}).items():
+        if name in hidden or (name not in used and name not in rows):
+            continue
+        roles = [table.role(r) for r in rows.get(name, []) if table.role(r)]
+        trained = name in makers or any(link.target == name for link in links.values())
+        role = roles[0] if roles else "" if trained else "data"
+        kind = str(spec.get("kind", "")).rpartition(".")[2]
+        nodes[name] = Node(name, kind=kind, role=role, rows=rows.get(name, []), status=status.get(name, ""))
+    return Drawing(nodes, list(links.values()))
+
+
+# --- arranging -----------------------------------------------------------------------------------------------------------
+
+
+def arrange(drawing: Drawing) -> None:
+    """Gives every node its layer and height, in place."""
+    _layers(drawing)
+    _bend(drawing)
+    columns = _columns(drawing)
+    before, after = _neighbours(drawing)
+    for sweep in range(SWEEPS):
+        near, order = (before, columns) if sweep % 2 == 0 else (after, columns[::-1])
+        for column in order:
+            spots = {name: i for each in columns for i, name in enumerate(each)}
+            column.sort(key=lambda n: _mean((spots[m] for m in near[n]), spots[n]))
+    for column in columns:
+        for i, name in enumerate(column):
+            drawing.nodes[name].y = i * (HEIGHT + SPACE)
+    for sweep in range(2 * SWEEPS):
+        near, order = (before, columns) if sweep % 2 == 0 else (after, columns[::-1])
+        for column in order:
+            _settle(drawing, column, near)
+    top = min((n.y for n in drawing.nodes.values()), default=0.0)
+    for node in drawing.nodes.values():
+        node.y += MARGIN - top
+
+
+def _layers(drawing: Drawing) -> None:
+    """Longest path from the roots; a root is then drawn as near to its first reader as it can be."""
+    ready = dict.fromkeys(drawing.nodes, 0)
+    for link in drawing.links:
+        ready[link.target] += 1
+    stack = [n for n, waiting in ready.items() if not waiting]
+    roots = list(stack)
+    outgoing: dict[str, list[str]] = {n: [] for n in drawing.nodes}
+    for link in drawing.links:
+        outgoing[link.source].append(link.target)
+    while stack:
+        name = stack.pop()
+        for target in outgoing[name]:
+            node = drawing.nodes[target]
+            node.layer = max(node.layer, drawing.nodes[name].layer + 1)
+            ready[target] -= 1
+            if not ready[target]:
+                stack.append(target)
+    for name in roots:
+        if outgoing[name]:
+            drawing.nodes[name].layer = min(drawing.nodes[t].layer for t in outgoing[name]) - 1
+
+
+def _bend(drawing: Drawing) -> None:
+    """A dummy for every layer that a link passes; links from one source with one label share their dummies."""
+    for link in drawing.links:
+        first, last = drawing.nodes[link.source].layer, drawing.nodes[link.target].layer
+        for layer in range(first + 1, last):
+            name = f"{link.source}\0{link.role}\0{link.label}\0{layer}"
+            drawing.nodes.setdefault(name, Node(name, layer, dummy=True))
+            link.through.append(name)
+
+
+def _columns(drawing: Drawing) -> list[list[str]]:
+    columns: list[list[str]] = [[] for _ in range(max((n.layer for n in drawing.nodes.values()), default=-1) + 1)]
+    for name, node in drawing.nodes.items():
+        columns[node.layer].append(name)
+    return columns
+
+
+def _neighbours(drawing: Drawing) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    before: dict[str, list[str]] = {n: [] for n in drawing.nodes}
+    after: dict[str, list[str]] = {n: [] for n in drawing.nodes}
+    for link in drawing.links:
+        path = [link.source, *link.through, link.target]
+        for a, b in pairwise(path):
+            if a not in before[b]:
+                before[b].append(a)
+                after[a].append(b)
+    return before, after
+
+
+def _mean(values: Iterable[float], otherwise: float) -> float:
+    found = list(values)
+    return sum(found) / len(found) if found else otherwise
+
+
+def _settle(drawing: Drawing, column: list[str], near: dict[str, list[str]]) -> None:
+    """Moves a column's nodes towards their neighbours' heights, keeping order and distance.
+
+    Least squares under ``y[i+1] − y[i] ≥ distance`` is isotonic regression of the wishes less the summed distances.
+    """
+    offset, wishes, offsets = 0.0, [], []
+    for name in column:
+        node = drawing.nodes[name]
+        centres = [drawing.nodes[m].y + drawing.nodes[m].height / 2 for m in near[name]]
+        wishes.append(_mean(centres, node.y + node.height / 2) - node.height / 2 - offset)
+        offsets.append(offset)
+        offset += node.height + SPACE
+    for name, value, distance in zip(column, isotonic(wishes), offsets, strict=True):
+        drawing.nodes[name].y = value + distance
+
+
+def isotonic(values: list[float]) -> list[float]:
+    """The non-decreasing sequence nearest to ``values`` in least squares (pool adjacent violators)."""
+    blocks: list[tuple[float, int]] = []
+    for value in values:
+        mean, size = value, 1
+        while blocks and blocks[-1][0] > mean:
+            other, more = blocks.pop()
+            mean, size = (mean * size + other * more) / (size + more), size + more
+        blocks.append((mean, size))
+    return [mean for mean, size in blocks for _ in range(size)]
+
+
+# --- drawing -------------------------------------------------------------------------------------------------------------
+
+
+def svg(replicate: Replicate, status: dict[str, str]) -> str:
+    """The graph as an ``<svg>``; empty where there is nothing, or too much, to draw."""
+    drawing = build(replicate, status)
+    if not drawing.nodes or len(drawing.nodes) > LIMIT:
+        return ""
+    arrange(drawing)
+    width, height = drawing.size
+    said = "; ".join(f"{link.source} {link.label or link.role} → {link.target}" for link in drawing.links)
+    heads = "".join(
+        f'<marker id="head-{_css(role)}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        f'<path d="M0 0.5L8 4L0 7.5z" class="head {_css(role)}"/></marker>'
+        for role in VERBS
+    )
+    links = "".join(_link(drawing, link) for link in sorted(drawing.links, key=lambda e: e.role != "data"))
+    nodes = "".join(_node(n) for n in drawing.nodes.values() if not n.dummy)
+    return (
+        f'<svg class="graph" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
+        f'aria-label="{escape("Graph of the recipe: " + said)}"><defs>{heads}</defs>{links}{_labels(drawing)}{nodes}</svg>'
+    )
+
+
+def _css(role: str) -> str:
+    return role.replace(" ", "-")
+
+
+def _exits(drawing: Drawing) -> dict[tuple[str, str, str], float]:
+    """(source, role, label) -> height at which its links leave: different kinds of link leave apart."""
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for link in drawing.links:
+        if (link.role, link.label) not in kinds.setdefault(link.source, []):
+            kinds[link.source].append((link.role, link.label))
+    found = {}
+    for source, mine in kinds.items():
+        node = drawing.nodes[source]
+        for i, (role, label) in enumerate(sorted(mine, key=lambda k: _reach(drawing, source, k))):
+            found[source, role, label] = node.y + node.height * (i + 1) / (len(mine) + 1)
+    return found
+
+
+def _reach(drawing: Drawing, source: str, kind: tuple[str, str]) -> float:
+    """Mean height of where links of a kind go next."""
+    mine = [e for e in drawing.links if (e.source, e.role, e.label) == (source, *kind)]
+    return _mean((drawing.nodes[(e.through or [e.target])[0]].y for e in mine), 0.0)
+
+
+def _entries(drawing: Drawing, link: Link) -> float:
+    """Height at which a link enters: links enter in the order of where they come from."""
+    node = drawing.nodes[link.target]
+    mine = [e for e in drawing.links if e.target == link.target]
+    mine.sort(key=lambda e: drawing.nodes[(e.through or [e.source])[-1]].y)
+    return node.y + node.height * (mine.index(link) + 1) / (len(mine) + 1)
+
+
+def _link(drawing: Drawing, link: Link) -> str:
+    source, target = drawing.nodes[link.source], drawing.nodes[link.target]
+    x, y = source.x + WIDTH, _exits(drawing)[link.source, link.role, link.label]
+    path = f"M{x:.1f} {y:.1f}"
+    for name in link.through:
+        bend = drawing.nodes[name]
+        path += _curve(x, y, bend.x, bend.y + 3) + f"L{bend.x + WIDTH:.1f} {bend.y + 3:.1f}"
+        x, y = bend.x + WIDTH, bend.y + 3
+    path += _curve(x, y, target.x - 1, _entries(drawing, link))
+    title, role = escape(f"{link.source} {link.label or link.role} → {link.target}"), _css(link.role)
+    return f'<path class="link {role}" d="{path}" marker-end="url(#head-{role})"><title>{title}</title></path>'
+
+
+def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
+    middle = (x + to_x) / 2
+    return f"C{middle:.1f} {y:.1f} {middle:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
+
+
+def _labels(drawing: Drawing) -> str:
+    """One label where links of a kind leave a stage."""
+    made = []
+    for (source, role, label), y in _exits(drawing).items():
+        x = drawing.nodes[source].x + WIDTH + 5
+        made.append(f'<text class="say {_css(role)}" x="{x:.1f}" y="{y - 3:.1f}">{escape(_short(label, 19))}</text>')
+    return "".join(made)
+
+
+def _node(node: Node) -> str:
+    second = {"before": "before", "after": "student", "teacher": "teacher", "control": "control"}.get(node.role, "")
+    line = " · ".join(p for p in (node.kind, second, node.status if node.status != "stored" else "") if p)
+    title = f"{node.name} ({line})" + (f"; rows of the table: {', '.join(node.rows)}" if node.rows else "; not in the table")
+    return (
+        f'<g class="node {_css(node.role) or "plain"}"><title>{escape(title)}</title>'
+        f'<rect x="{node.x:.1f}" y="{node.y:.1f}" width="{WIDTH}" height="{HEIGHT}" rx="7"/>'
+        f'<text class="name" x="{node.x + 10:.1f}" y="{node.y + 20:.1f}">{escape(_short(node.name, 20))}</text>'
+        f'<text class="line" x="{node.x + 10:.1f}" y="{node.y + 36:.1f}">{escape(_short(line, 24))}</text></g>'
+    )
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,262 @@
+"""One self-contained HTML page of a run: inline styles and drawings, no scripts, nothing from a network.
+
+Everything the page says comes from `collect` and from the transcripts in the store; report.html arranges it and
+report.css colours it, light and dark. Every text of the run is escaped. Sections that have nothing to show say so.
+
+Leaves out: several runs side by side, and interaction beyond opening and closing.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tutelage.report import graph, plots, terminal
+from tutelage.report.data import collect
+from tutelage.report.read import load, transcripts
+from tutelage.store import Store
+
+JSON = dict[str, Any]
+LONG = 1500
+"""Characters shown of a prompt or reply."""
+CURVES = (
+    ("Reward", r"reward$"),
+    ("KL to the teacher, per token", r"(reverse_)?kl$|kl_teacher$|teacher_kl$"),
+    ("Entropy of the policy, nats per token", r"entropy$"),
+    ("Length of replies, tokens", r"length$"),
+    ("Informative groups, share", r"informative_groups$"),
+    ("Negative log-likelihood, per token", r"nll$"),
+    ("Accuracy on development tasks", r"dev$"),
+    ("Replies cut off, share", r"truncated$"),
+    ("Verifier errors", r"verifier_errors$"),
+)
+"""Title and the metric it shows, stages as colours."""
+BY_DOMAIN = (("Token share by domain", "token_share/"), ("Reward by domain", "reward/"), ("Development accuracy", "dev/"))
+"""Title and the prefix of the metrics it shows, domains as colours; one plot for each stage that has several."""
+
+
+def write(store: Store, run_name: str, path: str | Path) -> Path:
+    """Writes the page and returns its path. Raises `UserError` for an unknown run."""
+    text = page(store, run_name)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_name(f".{target.name}.{os.getpid()}")
+    fresh.write_text(text, "utf-8")
+    os.replace(fresh, target)
+    return target
+
+
+def page(store: Store, run_name: str) -> str:
+    """The page as text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    found, run = collect(store, run_name), load(store, run_name)
+    folder = Path(__file__).parent
+    env = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    env.filters.update(
+        percent=terminal.percent,
+        amount=terminal.amount,
+        duration=terminal.duration,
+        title=terminal.title,
+        points=points,
+        span=span,
+        moment=moment,
+    )
+    status = {s["name"]: s["status"] for s in found["stages"]}
+    return env.get_template("report.html").render(
+        **found,
+        css=Markup((folder / "report.css").read_text("utf-8")),
+        graph=Markup(graph.svg(run.first, status)),
+        sentences=sentences(found),
+        domains=terminal.domains_of(found),
+        accuracy=[(d, Markup(svg)) for d, svg in accuracy_plots(found)],
+        plots=[{**p, "svg": Markup(p["svg"])} for p in curve_plots(found["curves"])],
+        bars=bars(found),
+        examples=[example(e) for e in transcripts(store, run)],
+        lineup=[stage_row(s) for s in found["stages"] if not s["evaluation"]],
+        evaluations=sum(s["evaluation"] for s in found["stages"]),
+        resolved=json.dumps(found["record"], indent=1, ensure_ascii=False),
+    )
+
+
+# --- words ---------------------------------------------------------------------------------------------------------------
+
+
+def points(value: float | None) -> str:
+    """A difference in points, with a true minus sign."""
+    return "–" if value is None else f"{100 * value:+.1f}".replace("-", "−")
+
+
+def span(interval: Sequence[float | None] | None, signed: bool = False) -> str:
+    """``62 to 71``, in points."""
+    if not interval or interval[0] is None or interval[1] is None:
+        return ""
+    shape = "{:+.1f}" if signed else "{:.1f}"
+    return " to ".join(shape.format(100 * (end or 0)) for end in interval).replace("-", "−")
+
+
+def moment(value: Any) -> str:
+    """A time stamp (seconds, or text) as text."""
+    if isinstance(value, (int, float)):
+        return datetime.datetime.fromtimestamp(value, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return str(value or "–")
+
+
+def sentences(found: JSON) -> list[str]:
+    """What the run shows, in words: specialists and student against where they began, then against the best control."""
+    gaps = found["gaps"]
+    before = (found["recovery"] or {}).get("before", {}).get("row")
+    said = [s for s in (compare(gaps, before, f"the {before} they began from"),) if s]
+    strongest = strongest_control(found)
+    if strongest:
+        text = compare(gaps, strongest, f"the strongest control, {strongest}")
+        said += [text] if text else []
+    elif gaps:
+        said.append("No control is measured in every domain, so nothing here says what more of the old training would do.")
+    return said
+
+
+def strongest_control(found: JSON) -> str | None:
+    """The control with the highest mean over the domains taught, which is the one nearest below the teachers."""
+    before = (found["recovery"] or {}).get("before", {}).get("row")
+    over = [g for g in found["gaps"] if g["of"] == "teachers" and g["than"] != before]
+    return min(over, key=lambda g: g["difference"])["than"] if over else None
+
+
+def compare(gaps: Iterable[JSON], than: str | None, words: str) -> str:
+    """Two clauses: where the specialists and the student stand against one row, the domains in brackets."""
+    clauses = []
+    for who, name in (("teachers", "The specialists, each on its own domain,"), ("student", "the student")):
+        gap = next((g for g in gaps if g["of"] == who and g["than"] == than), None)
+        if gap is None:
+            return ""
+        low, high = gap["interval"]
+        by = ", ".join(f"{d} {points(g['difference'])}" for d, g in gap["domains"].items() if g)
+        size = f"{abs(100 * gap['difference']):.1f} points"
+        bounds = span((low, high), signed=True)
+        if low is not None and low > 0:
+            clause = f"{name} stand{'s' * (who == 'student')} {size} above {words}"
+        elif high is not None and high < 0:
+            clause = f"{name} stand{'s' * (who == 'student')} {size} below {words}"
+        else:
+            clause = f"{name} cannot be told from {words}: {points(gap['difference'])} points"
+        clauses.append(f"{clause} (mean over domains, 95 % interval {bounds}; {by})")
+        words = "it"
+    return "; ".join(clauses) + "."
+
+
+# --- drawings ------------------------------------------------------------------------------------------------------------
+
+
+def accuracy_plots(found: JSON) -> list[tuple[str, str]]:
+    """One dot plot a domain; the domain's own teacher stands out from the other specialists."""
+    cells = [c for row in found["scores"].values() for c in row["domains"].values()]
+    top = min(1.0, max((c["interval"][1] for c in cells), default=1.0)) if all(c["mean"] <= 1 for c in cells) else None
+    made = []
+    for domain in terminal.domains_of(found):
+        rows = []
+        for label, row in found["scores"].items():
+            cell = row["domains"].get(domain)
+            if cell:
+                other = row["role"] == "teacher" and domain not in row["domains_taught"]
+                seeds = [s["mean"] for s in cell["seeds"]]
+                rows.append(
+                    plots.Dot(
+                        label, "other" if other else row["role"], cell["mean"], cell["interval"][0], cell["interval"][1], seeds
+                    )
+                )
+        highest = top if top is not None else max(r.high for r in rows)
+        made.append((domain, plots.dots(f"Accuracy in {domain}", rows, highest)))
+    return made
+
+
+def curve_plots(curves: JSON) -> list[JSON]:
+    """``{title, note, svg, legend}`` for every metric of `CURVES` and `BY_DOMAIN` that was logged."""
+    made = []
+    for title, pattern in CURVES:
+        lines, names = [], []
+        for stage, metrics in curves.items():
+            for metric in (m for m in metrics if re.match(pattern, m)):
+                if metric == "verifier_errors" and not any(any(s["value"]) for s in metrics[metric]):
+                    continue
+                names.append(stage)
+                lines += [line(stage, len(names) - 1, s) for s in metrics[metric]]
+        made.append(plot(title, lines, names))
+    for title, prefix in BY_DOMAIN:
+        for stage, metrics in curves.items():
+            names = [m for m in metrics if m.startswith(prefix)]
+            if len(names) > 1:
+                lines = [line(m.removeprefix(prefix), i, s) for i, m in enumerate(names) for s in metrics[m]]
+                made.append(plot(f"{title}: {stage}", lines, [m.removeprefix(prefix) for m in names]))
+    return [m for m in made if m["svg"]]
+
+
+def line(name: str, colour: int, series: JSON) -> plots.Line:
+    return plots.Line(name, colour, list(zip(series["step"], series["value"], strict=True)))
+
+
+def plot(title: str, lines: list[plots.Line], names: list[str]) -> JSON:
+    legend = [(plots.colour_class(i), name) for i, name in enumerate(names)]
+    return {"title": title, "svg": plots.lines(title, lines), "legend": legend}
+
+
+def bars(found: JSON) -> list[JSON]:
+    """Cost of every stage that computed anything, evaluations together, with its share of the largest."""
+    stages = found["cost"]["by_stage"]
+    rows = [{"name": n, **c} for n, c in stages.items() if not c["evaluation"] and (c["flops"] or c["seconds"] >= 0.05)]
+    measured = [c for c in stages.values() if c["evaluation"]]
+    if measured:
+        tokens: dict[str, float] = {}
+        for entry in measured:
+            for kind, count in entry["tokens"].items():
+                tokens[kind] = tokens.get(kind, 0) + count
+        sums = {k: sum(c[k] for c in measured) for k in ("flops", "seconds")}
+        rows.append({"name": f"{len(measured)} evaluations", "tokens": tokens, **sums})
+    most = max((r["flops"] for r in rows), default=0) or 1
+    return [{**r, "share": 100 * r["flops"] / most, "tokens": terminal.tokens(r)} for r in rows]
+
+
+# --- transcripts and stages ----------------------------------------------------------------------------------------------
+
+
+def example(found: JSON) -> JSON:
+    """A transcript ready to print: prompt turns, gold, and the two replies."""
+    prompt = found.get("prompt") or []
+    turns = [{"role": "prompt", "content": prompt}] if isinstance(prompt, str) else prompt
+    return {
+        **{k: found[k] for k in ("domain", "task", "right")},
+        "turns": [{"role": t.get("role") or "", "content": cut(t.get("content"))} for t in turns],
+        "gold": cut(found.get("gold")) if found.get("gold") is not None else None,
+        "replies": [reply(role, found[role]) for role in ("after", "before") if found.get(role)],
+    }
+
+
+def reply(role: str, entry: JSON) -> JSON:
+    facts = {"role": role, "text": cut(entry.get("reply")), "value": entry["value"]}
+    return {**facts, "right": entry["value"] >= 1, "error": entry.get("error"), "tokens": entry.get("tokens")}
+
+
+def cut(text: Any) -> str:
+    words = "" if text is None else str(text)
+    return words if len(words) <= LONG else f"{words[:LONG]} … ({len(words) - LONG} more characters)"
+
+
+def stage_row(stage: JSON) -> JSON:
+    """A line of the table of stages: what it started from, its teachers and its data, in words."""
+    by_role: dict[str, list[str]] = {}
+    for edge in stage["inputs"]:
+        name = edge["name"] if edge["step"] is None else f"{edge['name']}@{edge['step']}"
+        shown = f"{name}.{edge['port']}" if edge["role"] == "data" else name
+        if shown not in by_role.setdefault(edge["role"], []):
+            by_role[edge["role"]].append(shown)
+    roles = {role.replace(" ", "_"): ", ".join(names) for role, names in by_role.items()}
+    kind = str(stage["kind"] or "").rpartition(".")[2]
+    return {**stage, "kind": kind, "roles": {k: roles.get(k, "") for k in ("start", "teacher", "data", "budget")}}
