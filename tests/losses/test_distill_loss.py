@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from plain import PlainOutput, case, length_weights, noise, probabilities, tokens
 from pydantic import ValidationError
 
+from tests.losses.plain import PlainOutput, case, length_weights, noise, probabilities, tokens
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
 from tutelage.types import Batch
 

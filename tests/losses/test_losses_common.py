@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from plain import Case, PlainOutput, case, noise
-from test_distill_loss import full_case
 
+from tests.losses.plain import Case, PlainOutput, case, noise
+from tests.losses.test_distill_loss import full_case
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
 from tutelage.losses.nll import NLL
 from tutelage.losses.policy import DAPO, GRPO

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from plain import PICTURES
-from test_distill_loss import full_case, teacher_logits
-from test_policy_loss import policy_case
 
+from tests.losses.plain import PICTURES
+from tests.losses.test_distill_loss import full_case, teacher_logits
+from tests.losses.test_policy_loss import policy_case
 from tutelage.credit.group import relative
 from tutelage.losses.distill import FullReverseKL
 from tutelage.losses.policy import DAPO, GRPO

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from plain import case, tokens
 
+from tests.losses.plain import case, tokens
 from tutelage.losses.nll import NLL
 
 

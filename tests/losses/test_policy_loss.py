@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from plain import PlainOutput, case, length_weights, noise, tokens
 from pydantic import ValidationError
 
+from tests.losses.plain import PlainOutput, case, length_weights, noise, tokens
 from tutelage.losses.policy import DAPO, GRPO, drift, k3
 
 
