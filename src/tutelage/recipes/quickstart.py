@@ -1,0 +1,163 @@
+"""The quickstart: one base, one SFT, four specialists, one student that learns from all of them, and the controls.
+
+What it shows and how it was measured: docs/results/quickstart.md. The recipe is MOPD's (MiMo-V2-Flash, arXiv 2601.02780)
+at the size of a laptop: a character-level decoder of a third of a million parameters, tasks of `reasoning-gym`.
+"""
+
+from __future__ import annotations
+
+from tutelage.credit.group import GroupRelative
+from tutelage.credit.teacher import Teacher
+from tutelage.envs.single import SingleTurn
+from tutelage.graph import At, Goals, Stage, Table
+from tutelage.learn.optim import AdamW, Muon, Schedule
+from tutelage.losses.distill import FullReverseKL
+from tutelage.losses.policy import DAPO
+from tutelage.rollout.base import Sampling
+from tutelage.stages.evaluate import Evaluate
+from tutelage.stages.fit import Fit, Selection
+from tutelage.stages.majority import Majority
+from tutelage.stages.model import NewModel, Pretrained
+from tutelage.stages.online import Online
+from tutelage.stages.tasks import TaskSplits
+from tutelage.tasks.base import ALPHABET, LAYOUT
+from tutelage.tasks.gym import Base, Reverse, Sort, Sum
+from tutelage.text.template import Document
+from tutelage.verify.gym import ReasoningGym
+
+DOMAINS = (Sum(share=0.15), Reverse(share=0.15), Sort(share=0.5), Base(share=0.2))
+NAMES = tuple(d.name for d in DOMAINS)
+SOLVED = SingleTurn(verifier=ReasoningGym(answer_after="="))
+"""The library's scorer on what follows the last ``=`` (the whole reply where there is none)."""
+LONGEST = 72
+
+
+def quickstart(seed: int = 0, base: str | None = None) -> Goals:
+    """Base, SFT, four RL specialists, one student by MOPD, and the controls, on a laptop CPU in minutes.
+
+    ``seed`` decides every training stage, never the tasks. ``base``: a Hugging Face folder to start from instead of the
+    small decoder pretrained here.
+    """
+    tasks = TaskSplits(name="tasks", domains=DOMAINS)
+    start = _pretrained(tasks, seed) if base is None else Pretrained(name="pretrain", path=base)
+    greedy = Sampling(temperature=0.0, max_new_tokens=LONGEST)
+    select = Selection(tasks=tasks.out("dev"), env=SOLVED, every=10, limit=100, patience=6, sampling=greedy)
+    sft = Fit(
+        name="sft",
+        model=start.out(),
+        data=tasks.out("gold"),
+        optimizer=AdamW(lr=1e-3),
+        schedule=Schedule(warmup=5),
+        steps=200,
+        select=select,
+        seed=seed,
+    )
+    specialists = {name: _specialist(name, tasks, sft, seed) for name in NAMES}
+    student = Online(
+        name="mopd",
+        model=sft.out(),
+        tasks=tasks.out("rl"),
+        domains=NAMES,
+        env=SOLVED,
+        teachers={name: stage.out() for name, stage in specialists.items()},
+        credit=(Teacher(want="hidden"),),
+        loss=FullReverseKL(),
+        optimizer=AdamW(lr=1e-3),
+        schedule=Schedule(shape="linear", warmup=5, floor=0.1),
+        steps=100,
+        prompts=64,
+        group=1,
+        sampling=Sampling(max_new_tokens=LONGEST),
+        seed=seed,
+    )
+    continued = Fit(
+        name="sft-continued",
+        model=sft.out(),
+        data=tasks.out("gold"),
+        optimizer=AdamW(lr=3e-4),
+        steps=100_000,
+        budget=tuple(stage.out() for stage in specialists.values()),
+        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=25, limit=100, patience=20, sampling=greedy),
+        seed=seed,
+    )
+    checkpoints: dict[str, Stage] = {"base": start, "sft": sft}
+    checkpoints |= {f"specialist {name}": stage for name, stage in specialists.items()}
+    checkpoints |= {"student": student, "sft continued": continued}
+    return _goals(tasks, checkpoints, seed)
+
+
+def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
+    """A small decoder, pretrained to an imperfect base on documents of which some are wrong."""
+    init = NewModel(name="init", alphabet=ALPHABET, seed=seed)
+    return Fit(
+        name="pretrain",
+        model=init.out(),
+        data=tasks.out("pretrain"),
+        template=Document(),
+        optimizer=Muon(lr=0.014, rest=AdamW(lr=3e-3)),
+        schedule=Schedule(shape="linear", warmup=20, floor=0.05),
+        steps=1400,
+        rows=32,
+        threads=2,
+        seed=seed,
+    )
+
+
+def _specialist(name: str, tasks: TaskSplits, sft: Stage, seed: int) -> Stage:
+    """RLVR on one domain: GRPO's group-relative advantage, DAPO's token-level loss and filter, no KL."""
+    return Online(
+        name=f"rl-{name}",
+        model=sft.out(),
+        tasks=tasks.out("rl"),
+        domains=(name,),
+        env=SOLVED,
+        credit=(GroupRelative(),),
+        loss=DAPO(),
+        optimizer=AdamW(lr=4e-4),
+        schedule=Schedule(warmup=5),
+        steps=150,
+        prompts=16,
+        group=8,
+        sampling=Sampling(max_new_tokens=LONGEST),
+        seed=seed,
+    )
+
+
+def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals:
+    """One evaluation for each checkpoint and domain; the base is asked in its own format."""
+    rows: dict[str, dict[str, At]] = {}
+    sources: dict[str, At] = {}
+    for label, stage in checkpoints.items():
+        template = {"template": Document(format=LAYOUT, stop=("\n",))} if label == "base" else {}
+        sources[label] = stage.out()
+        rows[label] = {
+            name: Evaluate(
+                name=f"eval {label} / {name}",
+                model=stage.out(),
+                tasks=tasks.out("heldout"),
+                domain=name,
+                env=SOLVED,
+                sampling=Sampling(temperature=0.0, max_new_tokens=LONGEST),
+                **template,
+            ).out()
+            for name in NAMES
+        }
+    rows["majority answer"] = {
+        name: Majority(
+            name=f"majority / {name}",
+            train=tasks.out("rl"),
+            heldout=tasks.out("heldout"),
+            domain=name,
+            verifier=SOLVED.verifier,
+        ).out()
+        for name in NAMES
+    }
+    table = Table(
+        rows=rows,
+        before="sft",
+        after="student",
+        teachers={name: f"specialist {name}" for name in NAMES},
+        controls=("sft continued", "base", "majority answer"),
+        sources=sources,
+    )
+    return Goals(recipe="quickstart", stages=(checkpoints["student"].out(),), table=table, seed=seed)
