@@ -162,3 +162,19 @@ def test_a_step_with_an_infinite_gradient_changes_nothing():
         p.grad = torch.full_like(p, float("nan"))
     learner.step()
     assert all(torch.equal(p, before[n]) for n, p in learner.model.named_parameters())
+
+
+def test_a_padded_vocabulary_is_cut_before_the_softmax():
+    """The trap of 151,936 against 152,064: rows past the tokenizer's size take no part."""
+    samples, narrow = tiny.samples(LENGTHS), tiny.model()
+    padded = tiny.model(vocab_size=tiny.VOCAB + 9)
+    state = padded.state_dict()
+    for name, value in narrow.state_dict().items():
+        state[name][: len(value)] = value
+    state["lm_head.weight"][tiny.VOCAB :] = 3.0  # heavy padding would show
+    padded.load_state_dict(state)
+    want = Learner(narrow).score(samples, 1.0, "logp")
+    for cut, same in ((tiny.VOCAB, True), (None, False)):
+        mine = Learner(padded, vocab=cut).score(samples, 1.0, "logp")
+        close = all(np.allclose(a.values, b.values, atol=1e-5) for a, b in zip(mine, want, strict=True))
+        assert close is same

@@ -75,7 +75,8 @@ class PackedOutput:
 
 
 class Learner:
-    """Holds a model and its optimizer. ``micro_tokens`` bounds one packed forward, ``clip`` the global gradient norm."""
+    """Holds a model and its optimizer. ``micro_tokens`` bounds one packed forward, ``clip`` the global gradient norm;
+    ``vocab`` is the tokenizer's size, to which padded output rows are cut (None: not padded)."""
 
     def __init__(
         self,
@@ -84,8 +85,9 @@ class Learner:
         clip: float = 1.0,
         micro_tokens: int = 16384,
         dtype: str = "float32",
+        vocab: int | None = None,
     ):
-        self.model, self.clip, self.micro_tokens = model, clip, micro_tokens
+        self.model, self.clip, self.micro_tokens, self.vocab = model, clip, micro_tokens, vocab
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimizers = optimizer.build(model) if optimizer else []
         self._peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
@@ -100,7 +102,7 @@ class Learner:
                 input_ids=batch.tokens[None], position_ids=batch.pos[None], use_cache=False, layout=Rows(lengths)
             )
         hidden = out.last_hidden_state[0].index_select(0, batch.index - 1)
-        return PackedOutput(hidden, Head.of(self.model), batch.tokens[batch.index], temperature)
+        return PackedOutput(hidden, Head.of(self.model, self.vocab), batch.tokens[batch.index], temperature)
 
     def batch(self, samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[str, Any] | None = None) -> Batch:
         """`collate`, as tensors on the model's device."""
@@ -173,9 +175,9 @@ class Learner:
 class ModelScorer:
     """A frozen model as a `tutelage.credit.base.Scorer`."""
 
-    def __init__(self, name: str, model: Any, micro_tokens: int = 16384):
-        self.name, self._learner = name, Learner(model, micro_tokens=micro_tokens)
-        self.head = Head.of(model)
+    def __init__(self, name: str, model: Any, vocab: int | None = None):
+        self.name, self._learner = name, Learner(model, vocab=vocab)
+        self.head = Head.of(model, vocab)
         self.params = matmul_params(model)
         self.scored = 0
         """Tokens scored since the last reset."""

@@ -9,7 +9,7 @@ from tutelage.spec import Spec
 from tutelage.types import Batch
 
 Metrics = dict[str, tuple[float, float]]
-"""name -> (sum, count): means are taken only once everything has been added up."""
+"""name -> (sum, count): means are taken only once everything has been added up; names ending in ``max`` keep the largest."""
 
 
 class Output(Protocol):

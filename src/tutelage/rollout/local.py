@@ -123,7 +123,7 @@ class LocalEngine:
 
     def _append(self, slots: list[_Slot], hidden: torch.Tensor) -> None:
         """Draws one token for each slot from hidden states [S, D]."""
-        logits = Head.of(self.model)(hidden)
+        logits = Head.of(self.model, len(self.tokenizer))(hidden)  # padded rows can never be drawn
         how = [s.request.sampling for s in slots]
         scale = torch.tensor([h.scored_at for h in how], device=logits.device)
         logp = torch.log_softmax(logits / scale[:, None], -1)

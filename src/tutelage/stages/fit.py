@@ -105,7 +105,8 @@ class _Fitting:
 
         self.stage, self.ctx = stage, ctx
         self.policy = Policy(ctx.input(stage.model), slots=256)
-        self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype)
+        vocab = len(self.policy.tokenizer)
+        self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.samples = [self._encode(row) for row in read_rows(ctx.input(stage.data))]
         if not self.samples:
             raise UserError(f"{stage.data.of.name}.{stage.data.port} is empty; a model cannot be trained on it")

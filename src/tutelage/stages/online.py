@@ -137,13 +137,14 @@ class _Loop:
 
         self.stage, self.ctx = stage, ctx
         self.policy = Policy(ctx.input(stage.model), stage.slots, stage.rollout_dtype)
-        self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype)
+        vocab = len(self.policy.tokenizer)
+        self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.driver = self.policy.driver(stage.template, stage.env, stage.sampling)
         self.scorers: dict[Path, ModelScorer] = {}  # one for each folder, however many domains it teaches
         teachers = {d: ctx.input(at) for d, at in stage.teachers.items() if d in stage.domains}
         for domain, folder in teachers.items():
             if folder not in self.scorers:
-                self.scorers[folder] = ModelScorer(stage.teachers[domain].of.name, load_model(folder))
+                self.scorers[folder] = ModelScorer(stage.teachers[domain].of.name, load_model(folder), vocab)
         by_domain: dict[str, Scorer] = {d: self.scorers[folder] for d, folder in teachers.items()}
         self.credit_context = CreditContext(stage.sampling.scored_at, by_domain)
         self.pools: dict[str, list[Task]] = {d: [] for d in stage.domains}
