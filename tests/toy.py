@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -63,7 +64,8 @@ class Count(Stage):
         return {"policy": ModelType("toy", "tok", "tpl", 1000, 10, checkpoints=self.keep)}
 
     def estimate(self, types: Callable[[At], Type]) -> float:
-        return 6000.0 * self.steps * types(self.source).rows
+        found = types(self.source)
+        return 6000.0 * self.steps * (found.rows if isinstance(found, DataType) else 0)
 
     def run(self, ctx: Any) -> None:
         rows = json.loads((ctx.input(self.source) / "rows.json").read_text())
@@ -164,6 +166,23 @@ class Meet(Stage):
                 raise UserError("nobody came")
             time.sleep(0.01)
         ctx.output("data")
+
+
+class Hang(Stage):
+    """Starts a process of its own, writes down who it is, and never comes to a step's end."""
+
+    folder: str = unkeyed()
+    outputs: ClassVar[dict[str, Kind]] = {"data": "data"}
+
+    def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
+        return {"data": DataType(("x",), ())}
+
+    def run(self, ctx: Any) -> None:
+        child = subprocess.Popen(["sleep", "600"])
+        note = Path(self.folder) / "fresh"
+        note.write_text(f"{os.getpid()} {child.pid}")
+        note.rename(note.with_name("pids"))
+        child.wait()
 
 
 class Outside(Stage):

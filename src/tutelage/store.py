@@ -170,8 +170,8 @@ class Store:
 
     def runs(self) -> list[str]:
         """Names of the runs, oldest first."""
-        files = sorted((self.root / "runs").glob("*.json"), key=lambda p: p.stat().st_mtime)
-        return [f.stem for f in files]
+        files = [(f.stat().st_mtime_ns, len(f.stem), f.stem) for f in (self.root / "runs").glob("*.json")]
+        return [name for _, _, name in sorted(files)]  # of two saved in one tick, r-9 comes before r-10
 
     def load_run(self, run: str) -> dict[str, Any]:
         """A run by name, by a recipe's name (its newest), or ``last``. Raises `UserError`."""
