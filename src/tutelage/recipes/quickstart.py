@@ -98,7 +98,6 @@ def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
         schedule=Schedule(shape="linear", warmup=20, floor=0.05),
         steps=1400,
         rows=32,
-        threads=2,
         seed=seed,
     )
 
