@@ -7,33 +7,24 @@ import asyncio
 import pytest
 from corruptions import CORRUPTIONS, spoil
 
+from tutelage.tasks.base import Item
+from tutelage.tasks.gym import GymDomain
 from tutelage.types import Score, Task
 from tutelage.verify.base import verify
 from tutelage.verify.gym import ReasoningGym
 
-CONFIGS = {
-    "chain_sum": {"min_terms": 2, "max_terms": 3, "min_digits": 3, "max_digits": 5},
-    "spell_backward": {"min_word_len": 4, "max_word_len": 9},
-    "number_sorting": {"min_numbers": 3, "max_numbers": 6, "max_decimals": 0, "min_value": 0, "max_value": 99},
-}
 
-
-def bare(answer: str) -> str:
-    """A list as a small model writes it: ``3 14``."""
-    return " ".join(w.strip("'").removesuffix(".0") for w in answer.strip("[]").split(", ")) if answer[0] == "[" else answer
-
-
-@pytest.fixture(scope="module", params=CONFIGS)
-def tasks(request) -> list[Task]:
-    """200 items, none of whose answers reads the same backwards."""
-    from reasoning_gym import create_dataset
-
-    found = []
-    for entry in create_dataset(request.param, seed=5, size=400, **CONFIGS[request.param]):
-        answer = bare(entry["answer"])
-        if answer.lower() != answer.lower()[::-1] and len(set(answer.split())) == len(answer.split()):
-            found.append(Task(f"{len(found)}", request.param, (), answer, {"dataset": request.param, "entry": entry}))
-    return found[:200]
+@pytest.fixture(scope="module", params=[kind() for kind in GymDomain.__subclasses__()], ids=lambda d: d.name)
+def items(request) -> list[Item]:
+    """200 items of a domain, easy and hard, none of whose answers reads the same backwards."""
+    domain, found = request.param, []
+    for index in range(10**6):
+        for level in {domain.easy[1], domain.asked[1]}:
+            item = domain.draw(level, index)
+            if item and item.task.gold != item.task.gold[::-1]:
+                found.append(item)
+        if len(found) >= 200:
+            return found[:200]
 
 
 def scores(pairs: list[tuple[Task, str]], verifier: ReasoningGym) -> list[Score]:
@@ -43,17 +34,24 @@ def scores(pairs: list[tuple[Task, str]], verifier: ReasoningGym) -> list[Score]
     return asyncio.run(ask())
 
 
-def test_accepts_its_golds(tasks):
-    for replies in ([t.gold for t in tasks], [f"1+1=2 = {t.gold}" for t in tasks], [t.meta["entry"]["answer"] for t in tasks]):
+def test_accepts_its_golds(items):
+    tasks = [i.task for i in items]
+    for replies in (
+        [i.worked for i in items],
+        [t.gold for t in tasks],
+        [f"1+1=2 = {t.gold}" for t in tasks],
+        [t.meta["entry"]["answer"] for t in tasks],
+    ):
         found = scores(list(zip(tasks, replies, strict=True)), ReasoningGym(answer_after="="))
         assert found == [Score(1.0, {"library": 1.0})] * 200
 
 
 @pytest.mark.parametrize("how", CORRUPTIONS)
-def test_rejects_corruptions(tasks, how):
-    pairs = [(tasks[i], f"= {bad}") for i, bad in spoil([t.gold for t in tasks], how)]
-    found = scores(pairs, ReasoningGym(answer_after="="))
-    assert [(s.value, s.error) for s in found] == [(0.0, None)] * 200
+def test_rejects_corruptions(items, how):
+    spoiled = spoil([i.task.gold for i in items], how)
+    for before in ("", "= ", "12>03="):
+        found = scores([(items[i].task, before + bad) for i, bad in spoiled], ReasoningGym(answer_after="="))
+        assert [(s.value, s.error) for s in found] == [(0.0, None)] * 200
 
 
 def entry(dataset: str, answer: str, **metadata) -> Task:
