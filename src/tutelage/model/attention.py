@@ -17,7 +17,7 @@ let one row leak into the next, so only architectures declared in `PACKED` are t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,9 @@ class Rows:
 
 @dataclass
 class Cache:
-    """Keys and values of S slots of up to L tokens: per layer [S, Hk, L, Dh]."""
+    """Keys and values of S slots of up to L tokens: per layer [S, Hk, L, Dh], L a multiple of `STEP`."""
+
+    STEP: ClassVar[int] = 32
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -134,7 +136,7 @@ class Cache:
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, heads, length, width)
+        shape = (slots, heads, -(-length // cls.STEP) * cls.STEP, width)
         make = lambda: [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]  # noqa: E731
         return cls(make(), make())
 
@@ -144,8 +146,8 @@ class Cache:
 
     def grow(self, length: int) -> None:
         """Makes room for longer sequences."""
-        more = length - self.length
-        if more > 0:
+        if length > self.length:
+            more = -(-(length - self.length) // self.STEP) * self.STEP
             self.k = [F.pad(x, (0, 0, 0, more)) for x in self.k]
             self.v = [F.pad(x, (0, 0, 0, more)) for x in self.v]
 
@@ -176,7 +178,7 @@ class Decode:
     def __init__(self, cache: Cache, pos: torch.Tensor):
         self.cache, self.pos = cache, pos
         self.slots = torch.arange(len(pos), device=pos.device)
-        self.length = min(cache.length, -(-(int(pos.max()) + 1) // 16) * 16)
+        self.length = cache.length
         self.age = pos[:, None] - torch.arange(self.length, device=pos.device)  # [S, L]
         self.mask = (self.age >= 0)[:, None, None]
 

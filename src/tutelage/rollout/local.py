@@ -93,13 +93,12 @@ class LocalEngine:
             fresh = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         prompts: dict[tuple[int, ...], int] = {}
         source = [prompts.setdefault(s.request.tokens, len(prompts)) for s in fresh]
-        self._room(max(len(s.request.tokens) + s.request.sampling.max_new_tokens for s in fresh))
         device = self.model.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         first = len(self._running)
         slots = torch.arange(first, first + len(fresh), device=device)
-        assert self._cache is not None
-        layout = Prefill(lengths, self._cache, slots, torch.tensor(source, device=device))
+        cache = self._room(max(map(len, prompts)))
+        layout = Prefill(lengths, cache, slots, torch.tensor(source, device=device))
         ids = torch.tensor([t for p in prompts for t in p], device=device)
         pos = torch.cat([torch.arange(len(p), device=device) for p in prompts])
         hidden = self._forward(ids, pos, layout)[lengths.cumsum(0) - 1]
@@ -113,8 +112,8 @@ class LocalEngine:
         device = self.model.device
         ids = torch.tensor([s.tokens[-1] for s in run], device=device)
         pos = torch.tensor([len(s.request.tokens) + len(s.tokens) - 1 for s in run], device=device)
-        assert self._cache is not None
-        self._append(run, self._forward(ids, pos, Decode(self._cache, pos)))
+        cache = self._room(int(pos.max()) + 1)
+        self._append(run, self._forward(ids, pos, Decode(cache, pos)))
 
     def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:
         body = self.model.get_decoder()
@@ -173,10 +172,12 @@ class LocalEngine:
                 return "stop"
         return "length" if len(slot.tokens) >= request.sampling.max_new_tokens else ""
 
-    def _room(self, length: int) -> None:
-        if self._cache is None:
+    def _room(self, length: int) -> Cache:
+        """The cache, at least so long. It grows as sequences do: short rows stay close together in memory."""
+        if self._cache is None or not self._running:
             self._cache = Cache.empty(self.model.config, self.slots, length, self.model.dtype, self.model.device)
         self._cache.grow(length)
+        return self._cache
 
 
 def _order_after(stay: list[int]) -> list[int]:

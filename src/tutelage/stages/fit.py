@@ -159,7 +159,7 @@ class _Fitting:
         total = stage.steps
         if stage.budget:
             total = min(total, round((step + 1) * self.allowed / ctx.cost.flops))
-        ctx.progress(step + 1, total, loss=metrics["loss"], tokens=tokens)
+        ctx.progress(step + 1, total, loss=metrics["loss"])
 
     def _stale(self, step: int) -> bool:
         select = self.stage.select

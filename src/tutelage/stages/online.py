@@ -181,7 +181,7 @@ class _Loop:
         metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
         ctx.log(step + 1, **metrics)
         shown = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
-        ctx.progress(step + 1, stage.steps, **shown, tokens=tokens)
+        ctx.progress(step + 1, stage.steps, **shown)
 
     def _prompts(self, step: int) -> list[Task]:
         """Equal numbers of each domain's tasks, each domain in its own shuffled order."""

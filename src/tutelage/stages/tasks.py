@@ -26,7 +26,7 @@ from tutelage.spec import UserError
 from tutelage.tasks.base import Domain, Item, document
 from tutelage.types import Task
 
-SHARES = {"heldout": 12, "dev": 6, "gold": 14, "rl": 28, "pretrain": 40}
+SHARES = {"heldout": 8, "dev": 4, "gold": 12, "rl": 16, "pretrain": 60}
 """Percent of the question space that belongs to each split."""
 PATIENCE = 2000
 """A level is exhausted after so many draws in a row that brought no new question."""
@@ -83,9 +83,7 @@ class TaskSplits(Stage):
             ctx.facts["constant"][domain.name] = {"answer": answer, "heldout": accuracy}
             ctx.progress(number + 1, len(self.domains), domain=domain.name)
         for split, found in rows.items():
-            found.sort(
-                key=lambda row: _hash(f"order {row['id']}")
-            )  # domains and levels mixed: any first rows are a fair sample
+            found.sort(key=lambda row: _hash(f"order {row['id']}"))  # mixed, so that any first rows are a fair sample
             ctx.facts["rows"][split] = dict(Counter(row["domain"] for row in found))
             write_tasks(ctx.output(split), found)
 
@@ -93,15 +91,16 @@ class TaskSplits(Stage):
         """The domain's items by split. Raises `UserError` where it has too few questions."""
         found: dict[str, list[Item]] = {split: [] for split in SHARES}
         for level in range(domain.levels[0], domain.levels[1] + 1):
-            want = {split: len(found[split]) + self._quota(domain, split, level, len(found[split])) for split in SHARES}
+            want = {split: self._quota(domain, split, level, len(found[split])) for split in SHARES}
             stale, index = 0, self.data_seed * STRIDE
-            while stale < PATIENCE and any(len(found[s]) < n for s, n in want.items()):
+            while stale < PATIENCE and any(want.values()):
                 item = domain.draw(level, index)
                 stale, index = stale + 1, index + 1
                 if item and item.question not in seen:
                     seen.add(item.question)
                     split, stale = split_of(domain.same(item.question)), 0
-                    if len(found[split]) < want[split]:
+                    if want[split]:
+                        want[split] -= 1
                         found[split].append(item)
         for split, items in found.items():
             size = getattr(self, split) if split != "pretrain" else 1
