@@ -22,9 +22,10 @@ from tutelage.spec import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from tutelage.catalog import Chosen
-    from tutelage.graph import Plan
+    from tutelage.graph import Node, Plan
     from tutelage.store import Store
 
 app = typer.Typer(
@@ -204,26 +205,69 @@ def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, str], 
 
 
 def _plan_table(made: Plan, estimator: Any, why: dict[str, str], out: Console) -> None:
+    """One line for stages that differ in nothing shown but their names; two where the terminal is narrow."""
     from rich.table import Table
+    from rich.text import Text
 
     from tutelage.estimate import human_time, si
 
     wide = out.width >= 110
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for head in ("stage", "kind", "status"):
-        table.add_column(head, no_wrap=True, overflow="ellipsis")
-    table.add_column("FLOP", justify="right", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    for head in ("why", "inputs") if wide else ("why ← inputs",):
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("stage", overflow="fold", max_width=44)
+    table.add_column("kind", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    for head in ("FLOP", "time"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for head in ("why", "made from") if wide else ():
         table.add_column(head, overflow="fold")
-    words = {"stored": "[green]stored[/]", "run": "[yellow]will run[/]", "unneeded": "[dim]not needed[/]"}
-    for n in made.nodes.values():
-        inputs = ", ".join(dict.fromkeys(_edge(made.nodes[k].label, p, s) for _, k, p, s in n.inputs))
-        run = n.status == "run"
-        cost = (si(n.flops).strip() if n.flops else "", human_time(estimator.seconds(n)) if estimator.seconds(n) else "")
-        last = (why[n.key], f"[dim]{inputs}[/]") if wide else (why[n.key] + (f" [dim]← {inputs}[/]" if inputs else ""),)
-        table.add_row(n.label, type(n.stage).__name__, words[n.status], *(cost if run else ("", "")), *last)
+    words = {"stored": Text("stored", "green"), "run": Text("will run", "yellow"), "unneeded": Text("not needed", "dim")}
+    for nodes in _alike(made, why):
+        n, first = nodes[0], _reason(made, nodes[0], why)
+        flops, seconds = sum(m.flops for m in nodes), sum(estimator.seconds(m) for m in nodes)
+        cost = (si(flops).strip() if flops else "", human_time(seconds) if seconds else "") if n.status == "run" else ("", "")
+        row = (Text(_braces([m.label for m in nodes])), type(n.stage).__name__, words[n.status], *cost)
+        if wide:
+            table.add_row(*row, first, _sources(made, n))
+        else:
+            table.add_row(*row)
+            table.add_row(Text.assemble("  ", (first, "dim"), (" ← " if n.inputs else ""), _sources(made, n)))
     out.print(table, highlight=False)
+
+
+def _alike(made: Plan, why: dict[str, str]) -> list[list[Node]]:
+    groups: dict[Any, list[Node]] = {}
+    for n in made.nodes.values():
+        groups.setdefault((n.stage.kind(), n.status, why[n.key], tuple(n.inputs)), []).append(n)
+    return list(groups.values())
+
+
+def _reason(made: Plan, node: Node, why: dict[str, str]) -> str:
+    """Why, short: which inputs a stage waits for is seen in their colour."""
+    waits = any(made.nodes[k].status == "run" for _, k, _, _ in node.inputs)
+    return "waits" if waits and why[node.key] == node.why else why[node.key]
+
+
+def _sources(made: Plan, node: Node) -> Text:
+    """Inputs; those that must run first in yellow. A port is named where there are several."""
+    from rich.text import Text
+
+    parts: dict[str, str] = {}
+    for _, k, port, step in node.inputs:
+        other = made.nodes[k]
+        name = _edge(other.label, port, step) if len(other.stage.outputs) > 1 or step is not None else other.label
+        parts[name] = "yellow" if other.status == "run" else ""
+    return Text(", ").join(Text(name, style) for name, style in parts.items())
+
+
+def _braces(labels: list[str]) -> str:
+    """``eval student / {sum, sort}@0`` for labels that share their beginning, and their seed."""
+    if len(labels) == 1:
+        return labels[0]
+    seeds = {label.rpartition("@")[2] if "@" in label else "" for label in labels}
+    end = f"@{seeds.pop()}" if len(seeds) == 1 and "" not in seeds else ""
+    labels = [label.removesuffix(end) for label in labels]
+    shared = os.path.commonprefix(labels)  # noqa: RUF071 (characters are what is wanted)
+    return f"{shared}{{{', '.join(label[len(shared) :] for label in labels)}}}{end}"
 
 
 def _edge(label: str, port: str, step: int | None) -> str:

@@ -105,9 +105,10 @@ def summary(plan: Plan, estimator: Estimator, cores: int) -> str:
         return f"nothing to run: {count(stored, 'stage')} stored"
     flops = sum(n.flops for n in todo)
     time = human_time(span(todo, estimator.seconds, cores))
-    unknown = sum(not estimator.measured(n) for n in todo)
+    costly = [n for n in todo if n.flops > 0]
+    unknown = sum(not estimator.measured(n) for n in costly)
     known = "measured here" if not unknown else "no measurement here yet"
-    if 0 < unknown < len(todo):
+    if 0 < unknown < len(costly):
         known = f"{unknown} of them not measured here yet"
     cost = f"about {si(flops)}FLOP, ≈ {time} on {count(cores, 'core')}"
     return f"{count(len(todo), 'stage')} to run, {stored} stored; {cost} ({known})"
@@ -131,7 +132,7 @@ def reasons(plan: Plan, store: Store) -> dict[str, str]:
             why[node.key] = f"goes on from step {step}"
         elif node.status == "run" and node.why == "not in the store":
             made = [_changes(node, records[node.stage.name], meta) for meta in near or ()]
-            why[node.key] = min(made, key=len) if made else "never made here"
+            why[node.key] = min(made, key=len) if made else "new"
     return why
 
 

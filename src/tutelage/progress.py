@@ -32,14 +32,14 @@ class Lane:
     """One running stage."""
 
     node: Node
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
     first: int | None = None
     """The step of the first progress seen: a resumed stage does not start at 0."""
     step: int = 0
     total: int = 0
     shown: dict[str, Any] = field(default_factory=dict)
     waiting: bool = False
-    spoke: float = field(default_factory=time.monotonic)
+    spoke: float = field(default_factory=lambda: time.monotonic())
     _tokens: deque[tuple[float, int]] = field(default_factory=deque)
     _since: float = 0.0
 
