@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -24,14 +25,16 @@ HOSTILE = "<script>alert('reply')</script> & <b>bold</b>"
 ACCURACY = {
     "base": (0.03, 0.10, 0.12, 0.08),
     "sft": (0.31, 0.33, 0.52, 0.40),
-    "specialist-sum": (0.68, 0.21, 0.45, 0.33),
-    "specialist-reverse": (0.19, 0.79, 0.50, 0.28),
-    "specialist-sort": (0.27, 0.30, 0.71, 0.39),
-    "specialist-base": (0.25, 0.27, 0.44, 0.41),
+    "specialist sum": (0.68, 0.21, 0.45, 0.33),
+    "specialist reverse": (0.19, 0.79, 0.50, 0.28),
+    "specialist sort": (0.27, 0.30, 0.71, 0.39),
+    "specialist base": (0.25, 0.27, 0.44, 0.41),
     "student": (0.66, 0.72, 0.70, 0.43),
-    "sft-longer": (0.36, 0.40, 0.57, 0.41),
-    "majority": (0.01, 0.00, 0.02, 0.01),
+    "sft continued": (0.36, 0.40, 0.57, 0.41),
+    "majority answer": (0.01, 0.00, 0.02, 0.01),
 }
+STAGES = {"base": "pretrain", "sft": "sft", "student": "mopd", "sft continued": "sft-continued"}
+STAGES |= {f"specialist {d}": f"rl-{d}" for d in DOMAINS}
 """The last domain's specialist learns nothing: a domain without a gap."""
 
 
@@ -41,62 +44,62 @@ def ref(stage: str, port: str = "policy", step: int | None = None) -> dict[str, 
 
 def checkpoint(row: str) -> dict[str, Any]:
     """The edge to what a row measures: one specialist is taken from the middle of its series."""
-    return ref("pretrain" if row == "base" else row, step=200 if row == "specialist-sort" else None)
+    return ref(STAGES[row], step=200 if row == "specialist sort" else None)
+
+
+def trained(seed: int) -> dict[str, Any]:
+    """The stages that make models and data."""
+    fit = {"kind": "stages.fit.Fit", "loss": {"kind": "losses.nll.NLL"}, "seed": seed}
+    online = {"kind": "stages.online.Online", "loss": {"kind": "losses.policy.DAPO", "clip_low": 0.2}, "seed": seed}
+    select, learn = {"tasks": ref("tasks", "dev")}, {"model": ref("sft"), "tasks": ref("tasks", "rl")}
+    stages: dict[str, Any] = {
+        "tasks": {"kind": "stages.tasks.TaskSplits", "domains": list(DOMAINS), "count": 500},
+        "init": {"kind": "stages.model.NewModel", "width": 96},
+        "pretrain": {**fit, "model": ref("init"), "data": ref("tasks", "pretrain"), "steps": 780},
+        "sft": {**fit, "model": ref("pretrain"), "data": ref("tasks", "gold"), "select": select},
+    }
+    for domain in DOMAINS:
+        stages[f"rl-{domain}"] = {**online, **learn, "domains": [domain], "credit": [{"kind": "credit.group.GroupRelative"}]}
+    taught = {d: checkpoint(f"specialist {d}") for d in DOMAINS}
+    stages["mopd"] = {**online, **learn, "teachers": taught, "credit": [{"kind": "credit.teacher.Teacher"}]}
+    budget = [ref(f"rl-{d}") for d in DOMAINS]
+    stages["sft-continued"] = {**fit, "model": ref("sft"), "data": ref("tasks", "gold"), "budget": budget, "select": select}
+    return stages
 
 
 def record(seed: int, table: bool = True) -> dict[str, Any]:
     """The record of the made-up recipe."""
-    fit = {"kind": "stages.fit.Fit", "loss": {"kind": "losses.nll.NLL"}, "seed": seed}
-    grpo = {"kind": "stages.online.Online", "loss": {"kind": "losses.policy.DAPO", "clip_low": 0.2}, "seed": seed}
-    stages: dict[str, Any] = {
-        "tasks": {"kind": "stages.tasks.Tasks", "domains": list(DOMAINS), "count": 500},
-        "init": {"kind": "stages.model.NewModel", "width": 96},
-        "pretrain": {**fit, "model": ref("init"), "data": ref("tasks", "corpus"), "steps": 780},
-        "sft": {**fit, "model": ref("pretrain"), "data": ref("tasks", "gold"), "select": {"tasks": ref("tasks", "dev")}},
-    }
-    for domain in DOMAINS:
-        credit = [{"kind": "credit.group.GroupRelative"}]
-        own = {"model": ref("sft"), "tasks": ref("tasks", "rl"), "domains": [domain], "credit": credit}
-        stages[f"specialist-{domain}"] = {**grpo, **own}
-    budget = [ref(f"specialist-{d}") for d in DOMAINS]
-    select = {"tasks": ref("tasks", "dev")}
-    longer = {"model": ref("sft"), "data": ref("tasks", "gold"), "budget": budget, "select": select}
-    stages["sft-longer"] = {**fit, **longer}
-    stages["student"] = {
-        **grpo,
-        "model": ref("sft"),
-        "tasks": ref("tasks", "rl"),
-        "teachers": {d: checkpoint(f"specialist-{d}") for d in DOMAINS},
-        "credit": [{"kind": "credit.teacher.Teacher"}],
-    }
+    stages = trained(seed)
     rows: dict[str, Any] = {}
     for row in ACCURACY:
-        model = {} if row == "majority" else {"model": checkpoint(row)}
         for domain in DOMAINS:
-            stages[f"eval-{row}-{domain}"] = {
-                "kind": "stages.evaluate.Evaluate",
-                **model,
-                "tasks": ref("tasks", "heldout"),
-                "domain": domain,
-            }
-            rows.setdefault(row, {})[domain] = ref(f"eval-{row}-{domain}", "scores")
-    sources = {r: checkpoint(r) for r in ACCURACY if r != "majority"}
+            name = f"eval {row} / {domain}"
+            if row in STAGES:
+                edges = {"kind": "stages.evaluate.Evaluate", "model": checkpoint(row), "tasks": ref("tasks", "heldout")}
+            else:
+                edges = {"kind": "stages.majority.Majority", "train": ref("tasks", "rl"), "heldout": ref("tasks", "heldout")}
+            stages[name] = {**edges, "domain": domain}
+            rows.setdefault(row, {})[domain] = ref(name, "scores")
     drawn = {
         "kind": "graph.Table",
         "rows": rows,
         "before": "sft",
         "after": "student",
-        "teachers": {d: f"specialist-{d}" for d in DOMAINS},
-        "controls": ["sft-longer", "base", "majority"],
-        "sources": sources,
+        "teachers": {d: f"specialist {d}" for d in DOMAINS},
+        "controls": ["sft continued", "base", "majority answer"],
+        "sources": {r: checkpoint(r) for r in STAGES},
     }
-    goals = [ref("student")]
+    goals = [ref("mopd")]
     return {"recipe": "quickstart", "seed": seed, "stages": stages, "goals": goals, "table": drawn if table else None}
 
 
 def build(root: Path, seeds: tuple[int, ...] = (0, 1), n: int = 500, table: bool = True, skip: tuple[str, ...] = ()) -> Store:
     """A store with one run ``quickstart-1``; stages whose name begins with one of ``skip`` are not made yet."""
-    store = Store(root)
+    with mock.patch("os.fsync"):  # hundreds of folders that need not outlive a power cut
+        return _build(Store(root), seeds, n, table, skip)
+
+
+def _build(store: Store, seeds: tuple[int, ...], n: int, table: bool, skip: tuple[str, ...]) -> Store:
     goals = []
     for seed in seeds:
         rec = record(seed, table)
@@ -114,7 +117,7 @@ def build(root: Path, seeds: tuple[int, ...] = (0, 1), n: int = 500, table: bool
         "finished": 1_760_000_420.0,
         "seconds": 420.0,
         "argv": ["tutelage", "run", "quickstart", "--seeds", str(len(seeds))],
-        "state": "running" if skip else "finished",
+        "state": "running" if skip else "done",
         "goals": goals,
     }
     store.save_run("quickstart-1", body)
@@ -128,13 +131,13 @@ def make(store: Store, name: str, spec: dict[str, Any], keys: dict[str, str], se
     rng = np.random.default_rng([seed, int(digest(name)[:8], 16)])
     if name == "tasks":
         write_tasks(work / "heldout", n)
-    elif name.startswith("eval-"):
+    elif name.startswith("eval "):
         write_scores(work / "scores", name, spec["domain"], seed, n)
     else:
         (work / "policy").mkdir()
         write_metrics(work / "metrics.jsonl", name, rng)
-    params, steps = 350_000, 1 if name == "tasks" else 60 if name.startswith("eval-") else 300
-    trained = 0 if name.startswith(("eval-", "tasks")) else steps * 4_000
+    params, steps = 350_000, 1 if name in ("tasks", "init") else 60 if name.startswith("eval ") else 300
+    trained = 0 if name.startswith(("eval ", "tasks", "init")) else steps * 4_000
     sampled = steps * 2_500 if spec["kind"].endswith(("Online", "Evaluate")) else 0
     meta = {
         "key": key,
@@ -143,7 +146,7 @@ def make(store: Store, name: str, spec: dict[str, Any], keys: dict[str, str], se
         "record": spec,
         "inputs": [],
         "outputs": {},
-        "facts": {"selected_step": 200} if name == "sft-longer" else {},
+        "facts": {"selected_step": 200} if name == "sft-continued" else {},
         "cost": {
             "flops": params * (6.0 * trained + 2.0 * sampled),
             "tokens": {"trained": trained, "sampled": sampled} if trained or sampled else {},
@@ -170,8 +173,8 @@ def write_tasks(folder: Path, n: int) -> None:
 def write_scores(folder: Path, name: str, domain: str, seed: int, n: int) -> None:
     """Tasks have a difficulty that every checkpoint shares, so that paired differences are tighter than unpaired ones."""
     folder.mkdir()
-    row = name.removeprefix("eval-").removesuffix(f"-{domain}")
-    p = ACCURACY[row][DOMAINS.index(domain)] + (0.02 if seed and row not in ("base", "majority") else 0)
+    row = name.removeprefix("eval ").removesuffix(f" / {domain}")
+    p = ACCURACY[row][DOMAINS.index(domain)] + (0.02 if seed and row not in ("base", "majority answer") else 0)
     hard = np.random.default_rng([7, DOMAINS.index(domain)]).normal(size=n)
     own = np.random.default_rng([seed, int(digest(name)[:8], 16)]).normal(size=n)
     ability = hard * 0.8 + own * 0.6
@@ -208,7 +211,9 @@ def write_scores(folder: Path, name: str, domain: str, seed: int, n: int) -> Non
 
 
 def write_metrics(file: Path, name: str, rng: np.random.Generator) -> None:
-    online = name.startswith(("specialist", "student"))
+    online = name.startswith(("rl-", "mopd"))
+    if name == "init":
+        return
     with file.open("w") as out:
         for step in range(1, 301):
             t = 1 - math.exp(-step / 90)
@@ -224,12 +229,12 @@ def write_metrics(file: Path, name: str, rng: np.random.Generator) -> None:
                 }
             else:
                 line |= {"nll": 2 - t + rng.normal() * 0.03, "tokens_per_s": 30000 + rng.normal() * 600}
-            if name == "student":
+            if name == "mopd":
                 share = np.array([0.4, 0.2, 0.25, 0.15]) + rng.normal(size=4) * 0.02
                 line |= {"kl": 0.3 * math.exp(-step / 60) + abs(rng.normal()) * 0.004}
                 line |= {f"token_share/{d}": float(s / share.sum()) for d, s in zip(DOMAINS, share, strict=True)}
                 line |= {f"reward/{d}": 0.4 + 0.3 * t + rng.normal() * 0.05 for d in DOMAINS}
-            if step % 25 == 0:
+            if step % 25 == 0 and not online and name != "pretrain":
                 line |= {f"dev/{d}": 0.3 + 0.3 * t + rng.normal() * 0.02 for d in DOMAINS}
             out.write(json.dumps(line) + "\n")
 

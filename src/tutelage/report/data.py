@@ -21,7 +21,7 @@ from tutelage.report.read import JSON, Edge, Measured, Run, load, read_scores
 from tutelage.report.stats import Figure
 from tutelage.store import Store
 
-BINS = 120
+BINS = 100
 """Points kept of a curve: longer series become means of as many equal bins."""
 
 
@@ -127,8 +127,9 @@ def checkpoint(run: Run, row: str) -> JSON:
 
 
 def warnings(run: Run) -> list[str]:
-    """What a reader could be misled by: a teacher's row that measures another checkpoint than the one that taught."""
-    first, found = run.first, []
+    """What failed, and what could mislead: a teacher's row that measures another checkpoint than the one that taught."""
+    first = run.first
+    found = [f"stage {name!r} failed: {why}" for name, why in (run.body.get("failed") or {}).items()]
     student = first.source(run.table.after)
     for edge in first.edges.get(student.ref, []) if student else []:
         measured = first.source(run.table.teachers.get(edge.detail, "")) if edge.role == "teacher" else None

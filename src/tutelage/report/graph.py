@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from tutelage.report.read import Replicate
 
-WIDTH, HEIGHT, GAP, SPACE, MARGIN = 148.0, 46.0, 104.0, 18.0, 10.0
+WIDTH, HEIGHT, GAP, SPACE, MARGIN = 140.0, 46.0, 94.0, 16.0, 6.0
 LIMIT = 150
 SWEEPS = 12
 VERBS = {"start": "starts", "teacher": "teaches", "data": "", "scored by": "scores", "reference": "reference of"}
@@ -35,6 +35,8 @@ class Node:
     role: str = ""
     rows: list[str] = field(default_factory=list)
     status: str = ""
+    enter: int = 0
+    leave: int = 0
 
     @property
     def x(self) -> float:
@@ -42,7 +44,8 @@ class Node:
 
     @property
     def height(self) -> float:
-        return 6.0 if self.dummy else HEIGHT
+        """Room for every link that enters and every label that leaves."""
+        return 6.0 if self.dummy else max(HEIGHT, 9.0 * (self.enter + 1), 13.0 * (self.leave + 1))
 
 
 @dataclass
@@ -73,14 +76,16 @@ class Drawing:
 def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
     """The drawing of a record, not arranged yet. Data that only evaluations read is left out."""
     table, hidden = replicate.table, replicate.evaluations
-    links: dict[tuple[str, str, str, str], Link] = {}
+    links: dict[tuple[str, str, str], Link] = {}
     for target, edges in replicate.edges.items():
         for edge in edges if target not in hidden else ():
             if edge.role == "budget" or edge.ref in hidden:
                 continue
             step = f" @{edge.step}" if edge.step is not None else ""
-            what = edge.port if edge.role == "data" else f"{VERBS[edge.role]} {edge.detail}".strip()
-            links.setdefault((edge.ref, target, edge.role, what + step), Link(edge.ref, target, edge.role, what + step))
+            said = (edge.port if edge.role == "data" else edge.detail) + step
+            link = links.setdefault((edge.ref, target, edge.role), Link(edge.ref, target, edge.role, VERBS[edge.role]))
+            if said.strip() and said not in link.label.split(", "):
+                link.label = f"{link.label}{' ' if link.label == VERBS[edge.role] else ', '}{said}".strip()
     used = {end for link in links.values() for end in (link.source, link.target)}
     rows: dict[str, list[str]] = {}
     for row in table.rows:
@@ -97,6 +102,9 @@ def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
         role = roles[0] if roles else "" if trained else "data"
         kind = str(spec.get("kind", "")).rpartition(".")[2]
         nodes[name] = Node(name, kind=kind, role=role, rows=rows.get(name, []), status=status.get(name, ""))
+    for name, node in nodes.items():
+        node.enter = sum(link.target == name for link in links.values())
+        node.leave = len({(link.role, link.label) for link in links.values() if link.source == name})
     return Drawing(nodes, list(links.values()))
 
 
@@ -221,7 +229,7 @@ def svg(replicate: Replicate, status: dict[str, str]) -> str:
         return ""
     arrange(drawing)
     width, height = drawing.size
-    said = "; ".join(f"{link.source} {link.label or link.role} → {link.target}" for link in drawing.links)
+    spoken = "; ".join(f"{link.source} {link.label or link.role} → {link.target}" for link in drawing.links)
     heads = "".join(
         f'<marker id="head-{_css(role)}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0.5L8 4L0 7.5z" class="head {_css(role)}"/></marker>'
@@ -229,10 +237,10 @@ def svg(replicate: Replicate, status: dict[str, str]) -> str:
     )
     links = "".join(_link(drawing, link) for link in sorted(drawing.links, key=lambda e: e.role != "data"))
     nodes = "".join(_node(n) for n in drawing.nodes.values() if not n.dummy)
-    return (
-        f'<svg class="graph" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" role="img" '
-        f'aria-label="{escape("Graph of the recipe: " + said)}"><defs>{heads}</defs>{links}{_labels(drawing)}{nodes}</svg>'
-    )
+    size = f'style="min-width:{0.85 * width:.0f}px;max-width:{width:.0f}px" viewBox="0 0 {width:.0f} {height:.0f}"'
+    label = escape(f"Graph of the recipe: {spoken}")
+    drawn = f"<defs>{heads}</defs>{links}{_labels(drawing)}{nodes}"
+    return f'<svg class="graph" {size} role="img" aria-label="{label}">{drawn}</svg>'
 
 
 def _css(role: str) -> str:
@@ -290,7 +298,8 @@ def _labels(drawing: Drawing) -> str:
     made = []
     for (source, role, label), y in _exits(drawing).items():
         x = drawing.nodes[source].x + WIDTH + 5
-        made.append(f'<text class="say {_css(role)}" x="{x:.1f}" y="{y - 3:.1f}">{escape(_short(label, 19))}</text>')
+        label = label if len(label) <= 15 else label.removeprefix(f"{VERBS[role]} ")
+        made.append(f'<text class="say {_css(role)}" x="{x:.1f}" y="{y - 3:.1f}">{escape(_short(label, 17))}</text>')
     return "".join(made)
 
 
@@ -298,11 +307,12 @@ def _node(node: Node) -> str:
     second = {"before": "before", "after": "student", "teacher": "teacher", "control": "control"}.get(node.role, "")
     line = " · ".join(p for p in (node.kind, second, node.status if node.status != "stored" else "") if p)
     title = f"{node.name} ({line})" + (f"; rows of the table: {', '.join(node.rows)}" if node.rows else "; not in the table")
+    middle = node.y + node.height / 2
     return (
         f'<g class="node {_css(node.role) or "plain"}"><title>{escape(title)}</title>'
-        f'<rect x="{node.x:.1f}" y="{node.y:.1f}" width="{WIDTH}" height="{HEIGHT}" rx="7"/>'
-        f'<text class="name" x="{node.x + 10:.1f}" y="{node.y + 20:.1f}">{escape(_short(node.name, 20))}</text>'
-        f'<text class="line" x="{node.x + 10:.1f}" y="{node.y + 36:.1f}">{escape(_short(line, 24))}</text></g>'
+        f'<rect x="{node.x:.1f}" y="{node.y:.1f}" width="{WIDTH}" height="{node.height:.1f}" rx="7"/>'
+        f'<text class="name" x="{node.x + 10:.1f}" y="{middle - 3:.1f}">{escape(_short(node.name, 18))}</text>'
+        f'<text class="line" x="{node.x + 10:.1f}" y="{middle + 13:.1f}">{escape(_short(line, 24))}</text></g>'
     )
 
 

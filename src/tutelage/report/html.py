@@ -78,7 +78,7 @@ def page(store: Store, run_name: str) -> str:
         sentences=sentences(found),
         domains=terminal.domains_of(found),
         accuracy=[(d, Markup(svg)) for d, svg in accuracy_plots(found)],
-        plots=[{**p, "svg": Markup(p["svg"])} for p in curve_plots(found["curves"])],
+        plots=[{**p, "svg": Markup(p["svg"])} for p in curve_plots(found)],
         bars=bars(found),
         examples=[example(e) for e in transcripts(store, run)],
         lineup=[stage_row(s) for s in found["stages"] if not s["evaluation"]],
@@ -110,18 +110,19 @@ def moment(value: Any) -> str:
     return str(value or "–")
 
 
-def sentences(found: JSON) -> list[str]:
-    """What the run shows, in words: specialists and student against where they began, then against the best control."""
+def sentences(found: JSON) -> list[dict[str, str]]:
+    """What the run shows, in words: specialists and student against where they began, then against the best control.
+    ``{text, by}``: a sentence, and the domains behind its means."""
     gaps = found["gaps"]
-    before = (found["recovery"] or {}).get("before", {}).get("row")
-    said = [s for s in (compare(gaps, before, f"the {before} they began from"),) if s]
-    strongest = strongest_control(found)
+    if not gaps:
+        return []
+    before, strongest = found["recovery"]["before"]["row"], strongest_control(found)
+    said = [compare(gaps, before, f"the {before} they began from")]
     if strongest:
-        text = compare(gaps, strongest, f"the strongest control, {strongest}")
-        said += [text] if text else []
-    elif gaps:
-        said.append("No control is measured in every domain, so nothing here says what more of the old training would do.")
-    return said
+        said.append(compare(gaps, strongest, f"the strongest control, {strongest}"))
+    else:
+        said.append({"text": "No control is measured in every domain: what more of the old training would do is not known."})
+    return [{"by": "", **s} for s in said if s]
 
 
 def strongest_control(found: JSON) -> str | None:
@@ -131,26 +132,24 @@ def strongest_control(found: JSON) -> str | None:
     return min(over, key=lambda g: g["difference"])["than"] if over else None
 
 
-def compare(gaps: Iterable[JSON], than: str | None, words: str) -> str:
-    """Two clauses: where the specialists and the student stand against one row, the domains in brackets."""
-    clauses = []
-    for who, name in (("teachers", "The specialists, each on its own domain,"), ("student", "the student")):
+def compare(gaps: Iterable[JSON], than: str, words: str) -> dict[str, str]:
+    """Where the specialists and the student stand against one row; empty where either is not measured."""
+    clauses, by = [], []
+    names = {"teachers": "the specialists, each on its own,", "student": "the student"}
+    for who, name in names.items():
         gap = next((g for g in gaps if g["of"] == who and g["than"] == than), None)
         if gap is None:
-            return ""
+            return {}
         low, high = gap["interval"]
-        by = ", ".join(f"{d} {points(g['difference'])}" for d, g in gap["domains"].items() if g)
-        size = f"{abs(100 * gap['difference']):.1f} points"
-        bounds = span((low, high), signed=True)
-        if low is not None and low > 0:
-            clause = f"{name} stand{'s' * (who == 'student')} {size} above {words}"
-        elif high is not None and high < 0:
-            clause = f"{name} stand{'s' * (who == 'student')} {size} below {words}"
-        else:
-            clause = f"{name} cannot be told from {words}: {points(gap['difference'])} points"
-        clauses.append(f"{clause} (mean over domains, 95 % interval {bounds}; {by})")
+        apart = "above" if low is not None and low > 0 else "below" if high is not None and high < 0 else ""
+        verb = "stand" if who == "teachers" else "stands"
+        size, bounds = f"{abs(100 * gap['difference']):.1f} points", f"95 % interval {span((low, high), signed=True)}"
+        unsure = f"{name} cannot be told from {words}: {points(gap['difference'])} points ({bounds})"
+        clauses.append(f"{name} {verb} {size} {apart} {words} ({bounds})" if apart else unsure)
+        shown = ", ".join(f"{d} {points(g['difference'])}" for d, g in gap["domains"].items() if g)
+        by.append(f"{'specialists' if who == 'teachers' else 'student'}: {shown}")
         words = "it"
-    return "; ".join(clauses) + "."
+    return {"text": f"On average over the domains, {'; '.join(clauses)}.", "by": f"By domain, {'; '.join(by)}."}
 
 
 # --- drawings ------------------------------------------------------------------------------------------------------------
@@ -178,33 +177,53 @@ def accuracy_plots(found: JSON) -> list[tuple[str, str]]:
     return made
 
 
-def curve_plots(curves: JSON) -> list[JSON]:
-    """``{title, note, svg, legend}`` for every metric of `CURVES` and `BY_DOMAIN` that was logged."""
+def curve_plots(found: JSON) -> list[JSON]:
+    """``{title, svg, legend}`` for every metric of `CURVES` and `BY_DOMAIN` that was logged."""
+    curves, stage_colours, domain_colours = found["curves"], *colours(found)
     made = []
     for title, pattern in CURVES:
-        lines, names = [], []
+        shown: dict[str, list[JSON]] = {}
         for stage, metrics in curves.items():
             for metric in (m for m in metrics if re.match(pattern, m)):
-                if metric == "verifier_errors" and not any(any(s["value"]) for s in metrics[metric]):
-                    continue
-                names.append(stage)
-                lines += [line(stage, len(names) - 1, s) for s in metrics[metric]]
-        made.append(plot(title, lines, names))
+                if metric != "verifier_errors" or any(any(s["value"]) for s in metrics[metric]):
+                    shown[stage] = metrics[metric]
+        made.append(plot(title, shown, stage_colours))
     for title, prefix in BY_DOMAIN:
         for stage, metrics in curves.items():
-            names = [m for m in metrics if m.startswith(prefix)]
-            if len(names) > 1:
-                lines = [line(m.removeprefix(prefix), i, s) for i, m in enumerate(names) for s in metrics[m]]
-                made.append(plot(f"{title}: {stage}", lines, [m.removeprefix(prefix) for m in names]))
+            shown = {m.removeprefix(prefix): series for m, series in metrics.items() if m.startswith(prefix)}
+            if len(shown) > 1:
+                made.append(plot(f"{title}: {stage}", shown, domain_colours))
     return [m for m in made if m["svg"]]
 
 
-def line(name: str, colour: int, series: JSON) -> plots.Line:
-    return plots.Line(name, colour, list(zip(series["step"], series["value"], strict=True)))
+def colours(found: JSON) -> tuple[dict[str, int], dict[str, int]]:
+    """(stage -> colour, domain -> colour), the same in every plot; a specialist has its domain's, the student its own."""
+    domains = {d: i + 1 for i, d in enumerate(terminal.domains_of(found))}
+    taught = found["recovery"] or {"after": {}, "teachers": {}}
+    stages = {str(t["stage"]).partition("@")[0]: domains[d] for d, t in taught["teachers"].items() if d in domains}
+    stages[str(taught["after"].get("stage"))] = 0
+    fresh = len(domains) + 1
+    for stage in found["curves"]:
+        if stage not in stages:
+            stages[stage], fresh = fresh, fresh + 1
+    for metrics in found["curves"].values():
+        for domain in (m.rpartition("/")[2] for m in metrics if "/" in m):
+            domains.setdefault(domain, len(domains) + 1)
+    return stages, domains
 
 
-def plot(title: str, lines: list[plots.Line], names: list[str]) -> JSON:
-    legend = [(plots.colour_class(i), name) for i, name in enumerate(names)]
+def plot(title: str, shown: dict[str, list[JSON]], colour: dict[str, int]) -> JSON:
+    """Every seed as a thin line; a bold one for their mean where they were logged at the same steps."""
+    lines = []
+    for name, series in shown.items():
+        alike = len(series) > 1 and all(s["step"] == series[0]["step"] for s in series)
+        for one in series:
+            points = list(zip(one["step"], one["value"], strict=True))
+            lines.append(plots.Line(name, colour[name], points, bold=len(series) == 1, faint=alike))
+        if alike:
+            means = [sum(v) / len(v) for v in zip(*(s["value"] for s in series), strict=True)]
+            lines.append(plots.Line(name, colour[name], list(zip(series[0]["step"], means, strict=True)), bold=True))
+    legend = [(plots.colour_class(colour[name]), name) for name in shown]
     return {"title": title, "svg": plots.lines(title, lines), "legend": legend}
 
 

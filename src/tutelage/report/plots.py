@@ -22,6 +22,8 @@ class Line:
     name: str
     colour: int
     points: list[tuple[float, float]]
+    bold: bool = False
+    faint: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,11 @@ def lines(title: str, series: Sequence[Line], unit: str = "step") -> str:
         return ""
     left, right, top, bottom = 44.0, 310.0, 8.0, 160.0
     xs, ys = [x for s in series for x, _ in s.points], [y for s in series for _, y in s.points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+    x_ticks, y_ticks = ticks(min(0, *xs), max(xs)), ticks(min(ys), max(ys))
+    x_low, x_high = x_ticks[0], x_ticks[-1]
 
     def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low) if x_high > x_low else 0.5
+        across = (x - x_low) / (x_high - x_low)
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
         return left + across * (right - left), bottom - up * (bottom - top)
 
@@ -80,27 +82,25 @@ def lines(title: str, series: Sequence[Line], unit: str = "step") -> str:
         height = at(x_low, y)[1]
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 5}" y="{height + 3.5:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in (t for t in x_ticks if x_low <= t <= x_high):
+    for x in x_ticks:
         across = at(x, y_ticks[0])[0]
         parts.append(f'<text class="tick" x="{across:.1f}" y="{bottom + 14}" text-anchor="middle">{number(x)}</text>')
     parts.append(f'<text class="tick" x="{right}" y="{bottom + 27}" text-anchor="end">{escape(unit)}</text>')
-    for line in series:
+    for line in sorted(series, key=lambda each: each.bold):
+        style = f"{colour_class(line.colour)}{' bold' * line.bold}{' faint' * line.faint}"
         drawn = [at(x, y) for x, y in line.points]
-        name = escape(line.name)
         if len(drawn) == 1:
-            parts.append(
-                f'<circle class="dot {colour_class(line.colour)}" cx="{drawn[0][0]:.1f}" cy="{drawn[0][1]:.1f}" r="2.5"/>'
-            )
+            parts.append(f'<circle class="dot {style}" cx="{drawn[0][0]:.1f}" cy="{drawn[0][1]:.1f}" r="2.5"/>')
             continue
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)
-        parts.append(f'<polyline class="line {colour_class(line.colour)}" points="{path}"><title>{name}</title></polyline>')
+        path, name = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn), escape(line.name)
+        parts.append(f'<polyline class="line {style}" points="{path}"><title>{name}</title></polyline>')
     said = f"{title} over {unit}: " + ", ".join(dict.fromkeys(s.name for s in series))
     return f'<svg class="plot" viewBox="0 0 320 190" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
 
 
 def dots(title: str, rows: Sequence[Dot], top: float = 1.0) -> str:
     """Dots with intervals, one row a checkpoint, on a scale from 0 to ``top``; small marks are seeds."""
-    left, right, row_height = 124.0, 310.0, 19.0
+    left, right, row_height = 124.0, 252.0, 19.0
     scale = ticks(0.0, top)
     low = min(0.0, *(r.low for r in rows)) if rows else 0.0
     bottom = 6 + row_height * len(rows)
@@ -115,23 +115,20 @@ def dots(title: str, rows: Sequence[Dot], top: float = 1.0) -> str:
         parts.append(f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 13}" text-anchor="middle">{label}</text>')
     for i, row in enumerate(rows):
         y = 4 + row_height * (i + 0.5)
-        parts.append(
-            f'<text class="name {row.style}" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(row.name))}</text>'
-        )
+        name = escape(_short(row.name))
+        parts.append(f'<text class="name {row.style}" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
         said = f"{row.name}: {100 * row.mean:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
         marks = (
-            "".join(f'<circle class="seed" cx="{at(s):.1f}" cy="{y:.1f}" r="1.6"/>' for s in row.seeds)
-            if len(row.seeds) > 1
-            else ""
+            "".join(f'<path class="seed" d="M{at(s):.1f} {y - 6:.1f}v12"/>' for s in row.seeds) if len(row.seeds) > 1 else ""
         )
         parts.append(
-            f'<g class="mark {row.style}"><title>{escape(said)}</title>'
+            f'<g class="mark {row.style}"><title>{escape(said)}</title>{marks}'
             f'<line x1="{at(row.low):.1f}" x2="{at(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<circle cx="{at(row.mean):.1f}" cy="{y:.1f}" r="4"/>{marks}</g>'
+            f'<circle cx="{at(row.mean):.1f}" cy="{y:.1f}" r="3.6"/></g>'
         )
     said = f"{title}: " + "; ".join(f"{r.name} {100 * r.mean:.1f} %" for r in rows)
     height = bottom + 18
-    return f'<svg class="plot" viewBox="0 0 320 {height:.0f}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
+    return f'<svg class="plot" viewBox="0 0 264 {height:.0f}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
 
 
 def _short(text: str, length: int = 18) -> str:

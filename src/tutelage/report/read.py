@@ -26,6 +26,7 @@ ROLES = (
     ("reference", re.compile(r"reference|(^|\.)ref($|\.)")),
     ("data", re.compile(r"task|data|prompt|gold|corpus|text|mixture|example|rollout|trace")),
 )
+MODEL_PORT = re.compile(r"policy|model|value|student|merge|average")
 
 
 # --- the run and its graph -----------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ class Edge:
         for name, pattern in ROLES:
             if pattern.search(self.path.lower()):
                 return name
-        return "data" if re.search(r"data|rollout|trace|score", self.port) else "start"
+        return "start" if MODEL_PORT.search(self.port) else "data"
 
     @property
     def detail(self) -> str:

@@ -82,9 +82,13 @@ def duration(seconds: float | None) -> str:
 def title(entry: JSON) -> str:
     """A checkpoint's label, with its stage and step where the label does not say them."""
     label, stage = str(entry["row"]), entry.get("stage")
-    if not stage or stage == label:
+    if not stage or _plain(stage) == _plain(label):
         return label
     return stage if stage.startswith(f"{label}@") else f"{label} ({stage})"
+
+
+def _plain(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum() or c == "@")
 
 
 def origin(entry: JSON) -> str:
@@ -144,7 +148,7 @@ def accuracy(found: JSON, console: Console) -> None:
             cells = [accuracy_cell(row["domains"].get(d), d in row["domains_taught"]) for d in part]
             style = "bold" if row["role"] == "after" else "italic" if row["role"] == "control" else ""
             part_of = {"after": "student"}.get(row["role"], row["role"])
-            made.add_row(escape(title(row)), part_of, escape(origin(row)), *cells, style=style)
+            made.add_row(escape(title(row)), part_of, escape(row["parent"] or ""), *cells, style=style)
         console.print(made)
     failed = {r: sum(d["errors"] for d in row["domains"].values()) for r, row in found["scores"].items()}
     if any(failed.values()):
@@ -175,7 +179,7 @@ def recovery(found: JSON, console: Console) -> None:
         teacher = rec["teachers"][domain]
         shown = ratio(row["recovery"], row["interval"]) if row["recovery"] is not None else f"no gap ({points(row['gain'])})"
         numbers = [percent(row[k]) for k in ("before", "teacher", "after")]
-        who = escape(f"{title(teacher)}\n{origin(teacher)}".strip())
+        who = escape(f"{teacher['stage'] or teacher['row']}\n{origin(teacher)}".strip())
         made.add_row(escape(domain), *numbers[:2], who, numbers[2], points(row["gap"], row["gap_interval"]), shown)
     console.print(made)
     for seed in rec["seeds"]:

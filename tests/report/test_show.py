@@ -1,0 +1,204 @@
+"""The terminal's tables and the page: every section, nothing from a network, nothing unescaped."""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from tests.report import synthetic
+from tutelage.report import graph, html, plots, terminal
+from tutelage.report.read import load
+
+SECTIONS = ("graph", "recovery", "accuracy", "controls", "elsewhere", "curves", "cost", "transcripts", "stages", "recipe")
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return html.page(made, "last")
+
+
+def printed(store, width=100):
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    terminal.show(store, "last", console)
+    return console.file.getvalue()
+
+
+# --- terminal ------------------------------------------------------------------------------------------------------------
+
+
+def test_terminal_fits_100_columns_and_names_checkpoints_and_seeds(made):
+    text = printed(made)
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "…" not in text  # nothing cut off
+    for words in ("student (mopd)", "rl-sort@200", "pretrain", "seed 0:", "seed 1:", "mean over seeds", "no gap (+3.0)"):
+        assert words in text
+    assert re.search(r"verifier errors.*student 4", text)
+    assert "teachers − sft continued" in text
+    assert "What each specialist lost elsewhere" in text
+
+
+def test_terminal_of_partial_runs(tmp_path):
+    assert "no table" in printed(synthetic.build(tmp_path / "a", table=False, n=20))
+    text = printed(synthetic.build(tmp_path / "b", n=20, skip=("mopd", "eval student")))
+    assert "running" in text
+    assert "Recovery" not in text
+
+
+def test_terminal_prints_more_domains_in_further_tables():
+    assert list(terminal.chunks("abcdefghij")) == [list("abcd"), list("efgh"), list("ij")]
+
+
+def test_words_for_numbers():
+    assert terminal.amount(1_234_567) == "1.23M"
+    assert terminal.amount(0) == "0"
+    assert terminal.within(0.0, (0.0, 0.008)) == "±0.8"  # the farther side
+    assert terminal.points(-0.12, (-0.15, -0.1)) == "-12.0 ±3.0"
+    assert terminal.duration(3725) == "1 h 02 min"
+    assert terminal.duration(62) == "1 min 02 s"
+    assert html.points(-0.12) == "−12.0"
+    assert html.span((-0.1, 0.2), True) == "−10.0 to +20.0"
+
+
+# --- page ----------------------------------------------------------------------------------------------------------------
+
+
+def test_every_section_is_there_and_the_size_is_small(page):
+    for name in SECTIONS:
+        assert f'<section id="{name}">' in page
+    assert len(page.encode()) < 2_000_000
+
+
+def test_nothing_comes_from_a_network(page):
+    assert not re.search(r"""(?:https?:)?//[a-z]""", page)
+    assert "<script" not in page
+    assert "url(" not in re.sub(r"url\(#", "", page)
+    assert not re.search(r"<(?:link|img|iframe|object)[^>]*(?:href|src)=\"(?!data:,)", page)
+
+
+def test_hostile_transcripts_and_names_are_escaped(page, tmp_path, monkeypatch):
+    assert synthetic.HOSTILE not in page
+    assert "&lt;script&gt;alert(&#39;reply&#39;)&lt;/script&gt;" in page
+    monkeypatch.setitem(synthetic.ACCURACY, "<img src=x onerror=1>", synthetic.ACCURACY["sft"])
+    monkeypatch.setitem(synthetic.STAGES, "<img src=x onerror=1>", "sft")
+    hostile = html.page(synthetic.build(tmp_path / "s", n=20, seeds=(0,)), "last")
+    assert "<img" not in hostile
+    assert "&lt;img" in hostile
+
+
+def test_headline_says_what_the_specialists_and_the_student_are_worth(page, found):
+    said = html.sentences(found)
+    assert "above the sft they began from" in said[0]["text"]
+    assert "the strongest control, sft continued" in said[1]["text"]
+    assert "student: sum +" in said[1]["by"]
+    assert "91.8 %" in page
+    assert page.count("seed 0:") >= 1
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [((0.01, 0.05), "stands 3.0 points above"), ((-0.05, -0.01), "stands 3.0 points below"), ((-0.01, 0.05), "cannot be told")],
+)
+def test_the_sentence_follows_the_interval(interval, words):
+    value = -0.03 if interval[1] < 0 else 0.03
+    gap = {"than": "c", "difference": value, "interval": interval, "domains": {}}
+    said = html.compare([{**gap, "of": "teachers"}, {**gap, "of": "student"}], "c", "the control")["text"]
+    assert f"the student {words}" in said
+
+
+def test_a_domain_without_a_gap_prints_raw_numbers(page):
+    row = next(r for r in re.findall(r"<tr><th scope=\"row\">base</th>.*?</tr>", page, re.S) if "no gap" in r)
+    assert "gained +3.0 of +1.0" in row
+    assert "41.0" in row
+    assert "44.0" in row
+
+
+def test_columns_name_their_checkpoint_and_parent(page):
+    assert re.search(r"before: sft<small>started from pretrain</small>", page)
+    assert re.search(r"after: student \(mopd\)<small>started from sft</small>", page)
+    assert "rl-sort@200, from sft" in page
+
+
+def test_drawings_are_well_formed_and_told_to_readers(page):
+    drawn = re.findall(r"<svg class=\"(?:plot|graph)\".*?</svg>", page, re.S)
+    assert len(drawn) > 10
+    for each in drawn:
+        tree = ET.fromstring(each)
+        assert tree.get("role") == "img"
+        assert tree.get("aria-label")
+        assert not re.search(r"#[0-9a-f]{6}|rgb\(|nan", each)  # colours are the page's, numbers are numbers
+    assert all("<caption>" in t for t in re.findall(r"<table>.*?</table>", page, re.S))
+    assert page.count("<h1>") == 1
+
+
+def test_pages_of_partial_runs(tmp_path):
+    bare = html.page(synthetic.build(tmp_path / "a", table=False, n=20), "last")
+    assert "draws no recovery table" in bare
+    store = synthetic.build(tmp_path / "b", n=20, skip=("mopd", "eval student", "rl-sum", "eval specialist sum"))
+    for file in (store.root / "artifacts").glob("*/metrics.jsonl"):
+        file.unlink()
+    part = html.page(store, "last")
+    for name in SECTIONS:
+        assert f'<section id="{name}">' in part
+    assert "No metrics were logged" in part
+    assert "not done" in part
+    empty = synthetic.build(tmp_path / "c", n=20, skip=("",))
+    assert "Nothing has been spent" in html.page(empty, "last")
+    printed(empty)
+
+
+def test_write_leaves_one_file(made, tmp_path):
+    path = html.write(made, "last", tmp_path / "deep" / "report.html")
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+
+
+# --- drawings ------------------------------------------------------------------------------------------------------------
+
+
+def test_graph_draws_who_trains_from_whom(made):
+    first = load(made, "last").first
+    drawing = graph.build(first, {})
+    names = {n for n in drawing.nodes if n in first.record["stages"]}
+    assert names == {n for n in first.record["stages"] if not n.startswith("eval ")}
+    shown = {(link.source, link.target, link.role): link.label for link in drawing.links}
+    assert shown["rl-sort", "mopd", "teacher"] == "teaches sort @200"
+    assert shown["sft", "mopd", "start"] == "starts"
+    assert shown["tasks", "sft", "data"] == "gold, dev"
+    assert not any(role == "budget" for _, _, role in shown)
+
+
+def test_graph_layers_run_forward_and_nodes_do_not_overlap(made):
+    drawing = graph.build(load(made, "last").first, {})
+    graph.arrange(drawing)
+    for link in drawing.links:
+        assert drawing.nodes[link.source].layer < drawing.nodes[link.target].layer
+    for layer in {n.layer for n in drawing.nodes.values()}:
+        column = sorted((n for n in drawing.nodes.values() if n.layer == layer), key=lambda n: n.y)
+        for above, below in pairwise(column):
+            assert above.y + above.height <= below.y + 1e-6
+    assert min(n.y for n in drawing.nodes.values()) >= 0
+
+
+def test_isotonic_against_brute_force():
+    import numpy as np
+
+    values = [3.0, 1.0, 2.0, 5.0, 4.0]
+    fitted = graph.isotonic(values)
+    assert fitted == [2.0, 2.0, 2.0, 4.5, 4.5]
+    rng = np.random.default_rng(0)
+    best = sum((a - b) ** 2 for a, b in zip(values, fitted, strict=True))
+    for _ in range(500):
+        other = np.sort(rng.normal(3, 1.5, 5))
+        assert np.sum((other - values) ** 2) >= best - 1e-9
+
+
+def test_ticks_cover_and_are_round():
+    assert plots.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
+    assert plots.ticks(0.31, 0.79)[0] <= 0.31
+    assert plots.ticks(2, 2)[0] < 2 < plots.ticks(2, 2)[-1]
+    assert plots.lines("t", []) == ""
+    assert "circle" in plots.lines("t", [plots.Line("a", 0, [(1.0, 2.0)])])
