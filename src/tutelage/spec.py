@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PACKAGE = __name__.rpartition(".")[0]
-ROOMS = ("losses", "credit", "verify", "rollout", "text", "learn", "model", "stages")
+ROOMS = ("text", "losses", "credit", "verify", "tasks", "envs", "model", "learn", "rollout", "stages")
 
 
 class UserError(Exception):
@@ -90,13 +90,20 @@ def kinds() -> dict[str, str]:
 
     Reads source instead of importing it, so that planning stays fast.
     """
+    bases: dict[str, set[str]] = {}
     found: dict[str, str] = {}
     root = Path(__file__).parent
     for room in ROOMS:
         for file in sorted((root / room).glob("*.py")):
             for node in ast.parse(file.read_text("utf-8")).body:
-                if isinstance(node, ast.ClassDef) and node.bases and not node.name.startswith("_"):
+                parents = {b.id for b in node.bases if isinstance(b, ast.Name)} if isinstance(node, ast.ClassDef) else set()
+                if parents and isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    bases[node.name] = parents
                     found[node.name] = f"{room}.{file.stem}.{node.name}"
+    specs = {"Spec", "Stage"}
+    while more := {name for name, parents in bases.items() if name not in specs and parents & specs}:
+        specs |= more
+    found = {name: kind for name, kind in found.items() if name in specs}
     from importlib.metadata import entry_points
 
     for point in entry_points(group="tutelage.specs"):
