@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from tests.report import synthetic
 from tutelage.report import graph, html, plots, terminal
-from tutelage.report.read import load
+from tutelage.report.read import Replicate, load
 
 SECTIONS = ("graph", "recovery", "accuracy", "controls", "elsewhere", "curves", "cost", "transcripts", "stages", "recipe")
 
@@ -117,10 +118,23 @@ def test_a_domain_without_a_gap_prints_raw_numbers(page):
     assert "44.0" in row
 
 
+def test_no_ratio_at_all_prints_numbers(tmp_path, monkeypatch):
+    for domain in synthetic.DOMAINS:
+        monkeypatch.setitem(synthetic.ACCURACY, f"specialist {domain}", synthetic.ACCURACY["sft"])
+    store = synthetic.build(tmp_path / "s", n=60)
+    page = html.page(store, "last")
+    assert "summed gain cannot be told from 0" in page
+    assert "cannot be told from the sft they began from" in page
+    text = printed(store)
+    assert "no gap to recover: gained" in text
+    assert "mean over seeds: –" in text
+
+
 def test_columns_name_their_checkpoint_and_parent(page):
     assert re.search(r"before: sft<small>started from pretrain</small>", page)
     assert re.search(r"after: student \(mopd\)<small>started from sft</small>", page)
     assert "rl-sort@200, from sft" in page
+    assert "Fit, kept step 200 of 300" in page
 
 
 def test_drawings_are_well_formed_and_told_to_readers(page):
@@ -181,6 +195,20 @@ def test_graph_layers_run_forward_and_nodes_do_not_overlap(made):
         for above, below in pairwise(column):
             assert above.y + above.height <= below.y + 1e-6
     assert min(n.y for n in drawing.nodes.values()) >= 0
+
+
+def test_graphs_of_many_stages_are_drawn_quickly_or_left_to_the_table():
+    def chain(length):
+        stages = {"data": {"kind": "stages.tasks.TaskSplits"}}
+        for i in range(length):
+            model = {"model": synthetic.ref(f"s{i - 1}")} if i else {}
+            stages[f"s{i}"] = {"kind": "stages.fit.Fit", "data": synthetic.ref("data", "gold"), **model}
+        return Replicate(0, {"stages": stages}, {})
+
+    began = time.monotonic()
+    assert graph.svg(chain(120), {}).count('<g class="node') == 121
+    assert graph.svg(chain(1000), {}) == ""
+    assert time.monotonic() - began < 10
 
 
 def test_isotonic_against_brute_force():

@@ -235,11 +235,12 @@ def svg(replicate: Replicate, status: dict[str, str]) -> str:
         f'<path d="M0 0.5L8 4L0 7.5z" class="head {_css(role)}"/></marker>'
         for role in VERBS
     )
-    links = "".join(_link(drawing, link) for link in sorted(drawing.links, key=lambda e: e.role != "data"))
+    exits = _exits(drawing)
+    links = "".join(_link(drawing, link, exits) for link in sorted(drawing.links, key=lambda e: e.role != "data"))
     nodes = "".join(_node(n) for n in drawing.nodes.values() if not n.dummy)
     size = f'style="min-width:{0.85 * width:.0f}px;max-width:{width:.0f}px" viewBox="0 0 {width:.0f} {height:.0f}"'
     label = escape(f"Graph of the recipe: {spoken}")
-    drawn = f"<defs>{heads}</defs>{links}{_labels(drawing)}{nodes}"
+    drawn = f"<defs>{heads}</defs>{links}{_labels(drawing, exits)}{nodes}"
     return f'<svg class="graph" {size} role="img" aria-label="{label}">{drawn}</svg>'
 
 
@@ -247,13 +248,17 @@ def _css(role: str) -> str:
     return role.replace(" ", "-")
 
 
-def _exits(drawing: Drawing) -> dict[tuple[str, str, str], float]:
-    """(source, role, label) -> height at which its links leave: different kinds of link leave apart."""
+Exits = dict[tuple[str, str, str], float]
+"""(source, role, label) -> height at which its links leave"""
+
+
+def _exits(drawing: Drawing) -> Exits:
+    """Different kinds of link leave a stage apart."""
     kinds: dict[str, list[tuple[str, str]]] = {}
     for link in drawing.links:
         if (link.role, link.label) not in kinds.setdefault(link.source, []):
             kinds[link.source].append((link.role, link.label))
-    found = {}
+    found: Exits = {}
     for source, mine in kinds.items():
         node = drawing.nodes[source]
         for i, (role, label) in enumerate(sorted(mine, key=lambda k: _reach(drawing, source, k))):
@@ -275,9 +280,9 @@ def _entries(drawing: Drawing, link: Link) -> float:
     return node.y + node.height * (mine.index(link) + 1) / (len(mine) + 1)
 
 
-def _link(drawing: Drawing, link: Link) -> str:
+def _link(drawing: Drawing, link: Link, exits: Exits) -> str:
     source, target = drawing.nodes[link.source], drawing.nodes[link.target]
-    x, y = source.x + WIDTH, _exits(drawing)[link.source, link.role, link.label]
+    x, y = source.x + WIDTH, exits[link.source, link.role, link.label]
     path = f"M{x:.1f} {y:.1f}"
     for name in link.through:
         bend = drawing.nodes[name]
@@ -293,10 +298,10 @@ def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
     return f"C{middle:.1f} {y:.1f} {middle:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
 
 
-def _labels(drawing: Drawing) -> str:
+def _labels(drawing: Drawing, exits: Exits) -> str:
     """One label where links of a kind leave a stage."""
     made = []
-    for (source, role, label), y in _exits(drawing).items():
+    for (source, role, label), y in exits.items():
         x = drawing.nodes[source].x + WIDTH + 5
         label = label if len(label) <= 15 else label.removeprefix(f"{VERBS[role]} ")
         made.append(f'<text class="say {_css(role)}" x="{x:.1f}" y="{y - 3:.1f}">{escape(_short(label, 17))}</text>')

@@ -277,5 +277,8 @@ def stage_row(stage: JSON) -> JSON:
         if shown not in by_role.setdefault(edge["role"], []):
             by_role[edge["role"]].append(shown)
     roles = {role.replace(" ", "_"): ", ".join(names) for role, names in by_role.items()}
-    kind = str(stage["kind"] or "").rpartition(".")[2]
-    return {**stage, "kind": kind, "roles": {k: roles.get(k, "") for k in ("start", "teacher", "data", "budget")}}
+    kind, facts = str(stage["kind"] or "").rpartition(".")[2], stage["facts"] or {}
+    chosen = facts.get("selected")
+    kept = f"kept step {chosen['step']}" if isinstance(chosen, dict) and "step" in chosen else ""
+    kept += f" of {facts['steps']}" if kept and "steps" in facts else ""
+    return {**stage, "kind": kind, "kept": kept, "roles": {k: roles.get(k, "") for k in ("start", "teacher", "data", "budget")}}
