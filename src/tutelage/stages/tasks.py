@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from random import Random
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ class TaskSplits(Stage):
     verb: ClassVar[str] = "draws"
 
     domains: tuple[Domain, ...] = Field(min_length=1)
-    pretrain: int = Field(57600, ge=1)
+    pretrain: int = Field(48000, ge=1)
     """raw documents, of all domains together"""
     gold: int = Field(200, ge=1)
     rl: int = Field(3000, ge=1)
@@ -115,9 +116,8 @@ class TaskSplits(Stage):
     def _quota(self, domain: Domain, split: str, level: int, have: int) -> int:
         """How many questions of a level a split wants, knowing what the levels below gave."""
         if split == "pretrain":
-            first, last = domain.levels
-            weights = [domain.decay**n for n in range(last - first + 1)]
-            return math.ceil(self._documents_of(domain) * weights[level - first] / sum(weights))
+            weight = domain.weights[level - domain.levels[0]] / sum(domain.weights)
+            return math.ceil(self._documents_of(domain) * weight)
         first, last = domain.easy if split == "gold" else domain.asked
         return math.ceil((getattr(self, split) - have) / (last - level + 1)) if first <= level <= last else 0
 
@@ -125,14 +125,17 @@ class TaskSplits(Stage):
         return round(self.pretrain * domain.share / sum(d.share for d in self.domains))
 
     def _documents(self, domain: Domain, items: list[Item]) -> list[dict[str, Any]]:
+        """Documents at the domain's weights; a level with too few questions comes back to them."""
         rng = Random(f"documents {self.data_seed} {domain.name}")
-        rng.shuffle(items)
         rows = []
-        for number in range(self._documents_of(domain)):
-            item = items[number % len(items)]
-            row = _row(item, text=document(item, rng, self.noise))
-            rows.append({**row, "id": f"{row['id']}-{number // len(items)}", "meta": {"level": item.level}})
-        return rows
+        for level, of in groupby(items, lambda item: item.level):
+            pool = list(of)
+            for number in range(self._quota(domain, "pretrain", level, 0)):
+                item = pool[number % len(pool)]
+                row = _row(item, text=document(item, rng, self.noise))
+                rows.append({**row, "id": f"{row['id']}-{number // len(pool)}", "meta": {"level": level}})
+        rng.shuffle(rows)
+        return rows[: self._documents_of(domain)]
 
 
 def split_of(same: str) -> str:

@@ -4,8 +4,7 @@ Levels say how hard a task is. The easy ones have gold answers, the asked ones g
 so that a base model can do something everywhere, gold examples end early, and further on only a verifier can teach.
 
 Raw documents come in many layouts. A base model that has seen one only does not survive fine-tuning into another: in a
-prototype SFT on chat turns took word reversal from 98 % to 6 % (docs/studies). Some documents are wrong on purpose, as
-real ones are.
+prototype SFT on chat turns took word reversal from 98 % to 6 %. Some documents are wrong on purpose, as real ones are.
 
 Leaves out: where questions come from (gym.py) and which split they fall into (stages/tasks.py).
 """
@@ -24,7 +23,9 @@ from tutelage.types import Task
 LAYOUT = "Q: {prompt}\nA: "
 """The commonest raw layout: how to ask a base model in its own format. Its answer ends with the line."""
 LAYOUT_SHARE = 0.4
-CLUTTER = " :+-=<>|/,;.?" + digits + ascii_lowercase + "QA"
+MARKS = ":=>|/,;?"
+"""What may stand right after a question without seeming a part of it."""
+CLUTTER = MARKS + " +-<." + digits + ascii_lowercase + "QA"
 ALPHABET = "\n" + CLUTTER
 """Every character of the documents and tasks of this room."""
 
@@ -53,8 +54,8 @@ class Domain(Spec):
     """first and last of the gold examples"""
     asked: tuple[int, int]
     """first and last of the RL, development and held-out tasks"""
-    decay: float = Field(0.8, gt=0, le=1)
-    """A level has so many times the pretraining questions of the level below."""
+    weights: tuple[float, ...]
+    """How many of the pretraining documents each level has, from the first on, relative to each other."""
     share: float = Field(1.0, gt=0)
     """Weight among the domains in pretraining."""
 
@@ -65,6 +66,8 @@ class Domain(Spec):
             low, high = getattr(self, name)
             if not first <= low <= high <= last:
                 raise ValueError(f"{name}={low, high} must ascend within levels={first, last}")
+        if len(self.weights) != last - first + 1 or min(self.weights) < 0 or max(self.weights) <= 0:
+            raise ValueError(f"weights={self.weights} must name a weight >= 0 for each of the levels {first} to {last}")
         if self.asked[1] <= self.easy[1]:
             raise ValueError(f"asked={self.asked} must reach beyond easy={self.easy}, or RL has nothing to add to gold answers")
         return self
@@ -88,7 +91,7 @@ def document(item: Item, rng: Random, noise: float) -> str:
         return "".join(rng.choices(CLUTTER, k=rng.randint(low, high)))
 
     before = clutter(0, 5) + rng.choice(["", " ", ": ", "\n"])
-    between = rng.choice([clutter(1, 4), "\n" + clutter(0, 3), clutter(0, 2) + ": ", " -> "])
+    between = rng.choice([rng.choice(MARKS), "\n", ": ", " -> "]) + clutter(0, 3)
     return before + question + between + answer + "\n"
 
 

@@ -57,7 +57,7 @@ class Sum(GymDomain):
     levels: tuple[int, int] = (1, 7)
     easy: tuple[int, int] = (1, 3)
     asked: tuple[int, int] = (2, 7)
-    decay: float = 0.75
+    weights: tuple[float, ...] = (0.2, 15.0, 37.0, 22.0, 13.0, 8.0, 5.0)
 
     def config(self, level: int) -> dict[str, Any]:
         return {"min_terms": 2, "max_terms": 2, "min_digits": level, "max_digits": level}
@@ -85,7 +85,7 @@ class Reverse(GymDomain):
     levels: tuple[int, int] = (3, 9)
     easy: tuple[int, int] = (3, 5)
     asked: tuple[int, int] = (4, 9)
-    decay: float = 0.85
+    weights: tuple[float, ...] = (3.0, 11.0, 22.0, 24.0, 18.0, 13.0, 10.0)
 
     def config(self, level: int) -> dict[str, Any]:
         return {"min_word_len": level, "max_word_len": level}
@@ -107,7 +107,7 @@ class Sort(GymDomain):
     levels: tuple[int, int] = (2, 8)
     easy: tuple[int, int] = (2, 4)
     asked: tuple[int, int] = (3, 8)
-    decay: float = 0.9
+    weights: tuple[float, ...] = (7.0, 17.0, 17.0, 16.0, 16.0, 14.0, 13.0)
 
     def config(self, level: int) -> dict[str, Any]:
         span = {"min_decimals": 0, "max_decimals": 0, "min_value": 10, "max_value": 99}
@@ -134,7 +134,7 @@ class Base(GymDomain):
     levels: tuple[int, int] = (5, 18)
     easy: tuple[int, int] = (5, 10)
     asked: tuple[int, int] = (8, 18)
-    decay: float = 0.85
+    weights: tuple[float, ...] = (0.3, 0.6, 0.8, 2.0, 3.0, 7.0, 13.0, 18.0, 15.0, 12.0, 10.0, 8.0, 6.0, 5.0)
 
     def config(self, level: int) -> dict[str, Any]:
         return {"min_base": 2, "max_base": 4, "min_value": 2 ** (level - 1), "max_value": 2**level - 1}
