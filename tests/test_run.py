@@ -161,6 +161,17 @@ def test_the_longest_way_goes_first(store):
     assert watch.labels("started") == ["data", "long", "end", "middle", "short"]
 
 
+def test_small_stages_do_not_starve_a_wide_one(store):
+    """On two cores, a stage of two threads with the longest way before it goes as soon as both have come free."""
+    data, slow = toy.Make(name="data"), toy.Make(name="slow", seed=1)
+    wide = toy.Count(name="wide", source=data.out(), steps=50, threads=2)
+    small = [toy.Count(name=f"small-{n}", source=data.out(), steps=n + 1) for n in range(6)]
+    other = toy.Count(name="other", source=slow.out(), steps=90, pause=0.005)
+    _, watch = go(store, many(wide, other, *small))
+    started = watch.labels("started")
+    assert all(started.index("wide") < started.index(s.name) for s in small)
+
+
 def test_a_chain_of_a_thousand_reaches_a_worker(store):
     last: Stage = toy.Chain(name="link-0")
     for n in range(1, 1000):
@@ -376,6 +387,19 @@ def test_a_stopped_run_goes_on_and_makes_the_same_bytes(tmp_path, number, code):
     go(whole, fast)
     assert models(whole, fast) == models(broken, fast)
     assert untimed(whole.metrics(base)) == untimed(broken.metrics(base))
+
+
+def test_a_signal_to_a_worker_alone_stops_the_run_too(store, tmp_path):
+    slow = toy.small(steps=100, pause=0.05)
+    process = background(store, tmp_path, slow, every=3600)
+    base = key(toy.stages(slow)["base"])
+    until(lambda: len(store.metrics(base)) > 2)
+    workers = {int(f.stem.rpartition("-")[2]) for f in (store.root / "events").iterdir()} - {process.pid}
+    for pid in workers:
+        os.kill(pid, signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert store.checkpoint(base)
+    assert store.load_run("last")["state"] == "stopped"
 
 
 def test_a_second_signal_ends_what_does_not_stop(store, tmp_path):

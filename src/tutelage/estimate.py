@@ -86,10 +86,11 @@ def span(nodes: list[Node], seconds: Callable[[Node], float], cores: int) -> flo
     now, free = 0.0, cores
     while waiting or running:
         for k in [k for k in waiting if not left[k]]:
-            if slots(by_key[k], cores) <= free:
-                free -= slots(by_key[k], cores)
-                waiting.remove(k)
-                running.append((now + seconds(by_key[k]), k))
+            if slots(by_key[k], cores) > free:
+                break
+            free -= slots(by_key[k], cores)
+            waiting.remove(k)
+            running.append((now + seconds(by_key[k]), k))
         now, done = min(running)
         running.remove((now, done))
         free += slots(by_key[done], cores)

@@ -242,7 +242,7 @@ class Bars(Progress):
         name = self._name(lane.node.label, max(12, room // 4))
         bar = 10 if room < 100 else 20
         full = round(bar * lane.share)
-        steps = f"{lane.step}/{lane.total}" if lane.total else "starting"
+        steps = f"{lane.step}/{lane.total}" if lane.total else f"{clock(time.monotonic() - lane.began)} gone"
         cells = [
             Text(name, style="bold", no_wrap=True),
             Text.assemble(("━" * full, "green"), ("─" * (bar - full), "bright_black")),

@@ -213,7 +213,7 @@ class Scheduler:
         todo = plan.todo
         first = priorities(todo, Estimator(store).seconds)
         self.left = waits(todo)
-        self.ready = sorted((n for n in todo), key=lambda n: -first[n.key])
+        self.ready = sorted(todo, key=lambda n: -first[n.key])
         self.hands: list[Hand] = []
         self.records = [record(one) for one in plan.goals]
         self.home = _homes(plan)
@@ -243,17 +243,19 @@ class Scheduler:
                 self.poll.close()
 
     def _launch(self) -> None:
-        """Starts every stage that waits for nothing and fits, those with the longest way before them first."""
+        """Starts the stages that wait for nothing, those with the longest way before them first.
+
+        The first that does not fit keeps its place: cores that come free are saved for it, or small stages starve a wide one.
+        """
         free = self.cores - sum(slots(h.node, self.cores) for h in self.hands if h.node)
-        for node in list(self.ready):
-            if self.signal or free < 1:
+        for node in [n for n in self.ready if not self.left[n.key]]:
+            if self.signal or slots(node, self.cores) > free:
                 return
-            if not self.left[node.key] and slots(node, self.cores) <= free:
-                free -= slots(node, self.cores)
-                self.ready.remove(node)
-                hand = next((h for h in self.hands if not h.node), None) or self._hire(node.stage.threads)
-                goals = self.home[node.key]
-                hand.begin(node, goals, self._job(node, goals), self.records[goals])
+            free -= slots(node, self.cores)
+            self.ready.remove(node)
+            hand = next((h for h in self.hands if not h.node), None) or self._hire(node.stage.threads)
+            goals = self.home[node.key]
+            hand.begin(node, goals, self._job(node, goals), self.records[goals])
 
     def _hire(self, threads: int) -> Hand:
         hand = Hand(self.hello, threads)
@@ -292,6 +294,8 @@ class Scheduler:
                 ends.discard(node.key)
         elif what == "failed":
             self.failed[node.label] = event["message"]
+        elif what == "stopped" and not self.signal:  # a batch system may signal the workers alone
+            self._heard(signal.SIGTERM, None)
         self.watcher.event(node, event)
 
     def _bury(self, hand: Hand) -> None:

@@ -89,6 +89,8 @@ class Worker:
         if goals not in self._stages:
             built = from_record(self._records[goals])
             self._stages[goals] = {key(s): s for s in order(at.of for at in all_goals(built))}
+        if wanted not in self._stages[goals]:
+            raise RuntimeError(f"no stage has the key {wanted} in the worker: some field does not survive its record")
         return self._stages[goals][wanted]
 
     def _perform(self, job: Order) -> None:
