@@ -98,7 +98,7 @@ def test_a_late_worker_is_killed_and_replaced():
     (late,) = judge([("7", "9^{9^{9^{9}}}")], MathVerify(timeout_s=0.5))
     took = time.monotonic() - began
     assert late == Score(0.0, error="late: no verdict after 0.5 s on '9^{9^{9^{9}}}'")
-    assert took < 4
+    assert took < 20
     assert len(before - {p.pid for p in multiprocessing.active_children()}) == 1
     assert values([("7", "7"), ("7", "8")] * 4) == [1.0, 0.0] * 4
 
@@ -112,4 +112,4 @@ def test_a_killed_worker_costs_one_sample():
     lost = [s for s in scores if s.error]
     assert 1 <= len(lost) <= 4
     assert all("died" in s.error for s in lost)
-    assert scores[-1] == Score(1.0)
+    assert [s for s in scores if not s.error] == [Score(1.0)] * (8 - len(lost))
