@@ -25,7 +25,14 @@ from tutelage.tasks.gym import Base, Reverse, Sort, Sum
 from tutelage.text.template import Document
 from tutelage.verify.gym import ReasoningGym
 
-DOMAINS = (Sum(share=0.15), Reverse(share=0.15), Sort(share=0.5), Base(share=0.2))
+DOMAINS = (
+    Sum(name="sum", share=0.2),
+    Reverse(name="reverse", share=0.24),
+    Sort(name="sort", share=0.2),
+    Base(name="convert", share=0.36),
+)
+CLIMB = {"sum": 80, "reverse": 140, "sort": 80, "convert": 120}
+"""Steps of each specialist's RL."""
 NAMES = tuple(d.name for d in DOMAINS)
 SOLVED = SingleTurn(verifier=ReasoningGym(answer_after="="))
 """The library's scorer on what follows the last ``=`` (the whole reply where there is none)."""
@@ -41,7 +48,7 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
     tasks = TaskSplits(name="tasks", domains=DOMAINS)
     start = _pretrained(tasks, seed) if base is None else Pretrained(name="pretrain", path=base)
     greedy = Sampling(temperature=0.0, max_new_tokens=LONGEST)
-    select = Selection(tasks=tasks.out("dev"), env=SOLVED, every=10, limit=100, patience=6, sampling=greedy)
+    select = Selection(tasks=tasks.out("dev"), env=SOLVED, every=20, limit=125, patience=3, sampling=greedy)
     sft = Fit(
         name="sft",
         model=start.out(),
@@ -74,10 +81,11 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
         name="sft-continued",
         model=sft.out(),
         data=tasks.out("gold"),
-        optimizer=AdamW(lr=3e-4),
+        optimizer=AdamW(lr=1e-3),
+        schedule=Schedule(warmup=5),
         steps=100_000,
         budget=tuple(stage.out() for stage in specialists.values()),
-        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=25, limit=100, patience=20, sampling=greedy),
+        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=50, limit=125, patience=8, sampling=greedy),
         seed=seed,
     )
     checkpoints: dict[str, Stage] = {"base": start, "sft": sft}
@@ -96,7 +104,7 @@ def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
         template=Document(),
         optimizer=Muon(lr=0.014, rest=AdamW(lr=3e-3)),
         schedule=Schedule(shape="linear", warmup=20, floor=0.05),
-        steps=1400,
+        steps=1500,
         rows=32,
         seed=seed,
     )
@@ -112,10 +120,10 @@ def _specialist(name: str, tasks: TaskSplits, sft: Stage, seed: int) -> Stage:
         env=SOLVED,
         credit=(GroupRelative(),),
         loss=DAPO(),
-        optimizer=AdamW(lr=4e-4),
+        optimizer=AdamW(lr=2e-4),
         schedule=Schedule(warmup=5),
-        steps=150,
-        prompts=16,
+        steps=CLIMB[name],
+        prompts=32,
         group=8,
         sampling=Sampling(max_new_tokens=LONGEST),
         seed=seed,
