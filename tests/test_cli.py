@@ -46,7 +46,7 @@ def tutelage(place: Path, *words: str, **env: str) -> subprocess.CompletedProces
     return subprocess.run(
         [sys.executable, "-m", "tutelage", *words],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", **env},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}", "COLUMNS": "120", **env},
         capture_output=True,
         text=True,
         timeout=120,

@@ -196,7 +196,7 @@ print("\\nLOADED", *sorted({heavy!r} & {{m.partition(".")[0] for m in sys.module
 
 def loaded(*words: str, cwd: Path) -> list[str]:
     code = PROBE.format(words=words, heavy=HEAVY)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.rpartition("LOADED")[2].split()

@@ -346,7 +346,7 @@ def background(store: Store, tmp_path: Path, goals: Goals, every: float = 0.0) -
         "import Store; s = Store(sys.argv[1]); g = from_record(json.load(open(sys.argv[2])));"
         "o = run(plan([g], s.has), s, cores=2, every=float(sys.argv[3])); print(o.state); sys.exit(o.exit_code)"
     )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
     command = [sys.executable, "-c", code, str(store.root), str(file), str(every)]
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
