@@ -337,6 +337,19 @@ def test_leftovers_without_a_checkpoint_are_removed(store):
 # --- signals: the whole command in a process of its own --------------------------------------------------------------------
 
 
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers():
+    """A test that fails must not leave its runs running."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
 def background(store: Store, tmp_path: Path, goals: Goals, every: float = 0.0) -> subprocess.Popen[str]:
     """``python -c`` that runs goals through a record, as the command does."""
     file = tmp_path / "record.json"
@@ -348,7 +361,8 @@ def background(store: Store, tmp_path: Path, goals: Goals, every: float = 0.0) -
     )
     env = {**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}"}
     command = [sys.executable, "-c", code, str(store.root), str(file), str(every)]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    STARTED.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    return STARTED[-1]
 
 
 def until(true: Callable[[], Any], seconds: float = 30.0) -> Any:
