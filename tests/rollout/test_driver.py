@@ -92,6 +92,17 @@ def test_an_environment_that_raises_ends_the_run_with_its_own_error():
         driver(env=Broken()).collect(TASKS, 1, seed=0)
 
 
+def test_a_verifier_that_never_answers_is_an_error_of_its_sample():
+    class Asleep(Verifier):
+        async def __call__(self, task, reply, ctx=None):
+            await asyncio.sleep(30 if task.id == "t3" else 0)
+            return Score(1.0)
+
+    drawn = driver(env=SingleTurn(verifier=Asleep(), timeout_s=0.2)).collect(TASKS, 1, seed=0)
+    assert [bool(s.score.error) for s in drawn] == [t.id == "t3" for t in TASKS]
+    assert "late" in drawn[3].score.error
+
+
 def test_request_seeds_differ_in_every_part():
     seeds = {request_seed(s, t, r, n) for s in range(3) for t in ("a", "b") for r in range(3) for n in range(2)}
     assert len(seeds) == 36

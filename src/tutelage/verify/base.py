@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from tutelage.spec import Spec
@@ -16,9 +17,14 @@ class Verifier(Spec):
         raise TypeError(f"{type(self).__name__} is abstract")
 
 
-async def verify(verifier: Verifier, task: Task, reply: str, ctx: Any = None) -> Score:
-    """The only way samples are scored: whatever a verifier raises becomes an error of that sample alone."""
+async def verify(verifier: Verifier, task: Task, reply: str, ctx: Any = None, timeout_s: float | None = None) -> Score:
+    """The only way samples are scored: whatever a verifier raises, or not answering in time, is an error of that sample
+    alone. A verifier that blocks its thread cannot be cut short here; one that may must limit itself (`MathVerify`)."""
+    limit = asyncio.timeout(timeout_s)
     try:
-        return await verifier(task, reply, ctx)
+        async with limit:
+            return await verifier(task, reply, ctx)
     except Exception as error:  # a user's verifier may raise anything
+        if limit.expired():
+            return Score(0.0, error=f"late: {verifier.kind()} gave no answer within {timeout_s} s")
         return Score(0.0, error=f"{type(error).__name__}: {error}")
