@@ -94,12 +94,14 @@ def test_what_cannot_be_judged_is_an_error():
 def test_a_late_worker_is_killed_and_replaced():
     values([("7", "7")])
     before = {p.pid for p in multiprocessing.active_children()}
-    began = time.monotonic()
     (late,) = judge([("7", "9^{9^{9^{9}}}")], MathVerify(timeout_s=0.5))
-    took = time.monotonic() - began
     assert late == Score(0.0, error="late: no verdict after 0.5 s on '9^{9^{9^{9}}}'")
-    assert took < 20
-    assert len(before - {p.pid for p in multiprocessing.active_children()}) == 1
+    for _ in range(100):  # a killed process may take a moment to go
+        gone = before - {p.pid for p in multiprocessing.active_children()}
+        if gone:
+            break
+        time.sleep(0.1)
+    assert len(gone) == 1
     assert values([("7", "7"), ("7", "8")] * 4) == [1.0, 0.0] * 4
 
 
