@@ -8,11 +8,13 @@ import time
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.report import synthetic
 from tutelage.report import graph, html, plots, terminal
+from tutelage.report.data import thin
 from tutelage.report.read import Replicate, load
 
 SECTIONS = ("graph", "recovery", "accuracy", "controls", "elsewhere", "curves", "cost", "transcripts", "stages", "recipe")
@@ -212,8 +214,6 @@ def test_graphs_of_many_stages_are_drawn_quickly_or_left_to_the_table():
 
 
 def test_isotonic_against_brute_force():
-    import numpy as np
-
     values = [3.0, 1.0, 2.0, 5.0, 4.0]
     fitted = graph.isotonic(values)
     assert fitted == [2.0, 2.0, 2.0, 4.5, 4.5]
@@ -224,9 +224,67 @@ def test_isotonic_against_brute_force():
         assert np.sum((other - values) ** 2) >= best - 1e-9
 
 
-def test_ticks_cover_and_are_round():
-    assert plots.ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1.0]
-    assert plots.ticks(0.31, 0.79)[0] <= 0.31
-    assert plots.ticks(2, 2)[0] < 2 < plots.ticks(2, 2)[-1]
-    assert plots.lines("t", []) == ""
-    assert "circle" in plots.lines("t", [plots.Line("a", 0, [(1.0, 2.0)])])
+# --- plots ---------------------------------------------------------------------------------------------------------------
+
+
+def curve(points=9, **style):
+    return plots.lines("Reward", [plots.Line("rl-sum", 0, [(i, i % 7 / 3) for i in range(points)], **style)])
+
+
+def test_plots_are_the_same_text_each_time_and_know_no_urls():
+    dots = [plots.Dot("sft", "before", 0.3, 0.2, 0.4, [0.25, 0.35]), plots.Dot("student", "after", 0.6, 0.5, 0.7)]
+    for draw in (curve, lambda: curve(1), lambda: plots.dots("Accuracy in sum", dots)):
+        svg = draw()
+        assert svg == draw()
+        assert "//" not in svg  # no namespace either: the page is HTML
+        assert not re.search(r"<style|font-family|<!|<\?|\b(?:rgb|black)\b|#[0-9a-f]{6}", svg)
+    assert plots.lines("t", []) == plots.lines("t", [plots.Line("a", 0, [])]) == ""
+
+
+def test_plots_use_only_variables_that_both_themes_set(page):
+    light, dark = re.findall(r":root \{(.*?)\}", page, re.S)
+    shared = set(re.findall(r"--(\w+):", light)) & set(re.findall(r"--(\w+):", dark))
+    assert set(plots.VARIABLES) <= shared
+    drawn = "".join(re.findall(r'<svg class="plot".*?</svg>', page, re.S))
+    used = set(re.findall(r"var\(--(\w+)\)", drawn))
+    assert {"blue", "orange", "ink", "soft", "rule", "card"} <= used <= set(plots.VARIABLES)
+
+
+def test_names_in_drawings_are_unique_and_every_reference_is_met(page):
+    drawn = re.findall(r'<svg class="plot".*?</svg>', page, re.S)
+    names = [name for svg in drawn for name in re.findall(r'\bid="([^"]+)"', svg)]
+    assert len(names) == len(set(names)) > 10
+    for svg in drawn:
+        assert set(re.findall(r'(?:href="|url\()#([\w-]+)', svg)) == set(re.findall(r'\bid="([^"]+)"', svg))
+
+
+def test_plots_tell_names_and_values_whatever_they_are_called():
+    name = """<a "b' $x$ & 数学>"""
+    tree = ET.fromstring(plots.dots("Accuracy", [plots.Dot(name, "control", 0.3, 0.2, 0.4)]))
+    assert f"{name}: 30.0 (20.0 to 40.0)" in [t.text for t in tree.iter("title")]
+    assert name[:17] in "".join(t.text for t in tree.iter("text"))
+    tree = ET.fromstring(plots.lines(name, [plots.Line(name, 9, [(1.0, 2.0), (20_000.0, 3.0)])]))
+    assert tree.get("aria-label") == f"{name} over step: {name}"
+    assert [t.text for t in tree.iter("title")] == [name]
+    assert "20k" in [t.text for t in tree.iter("text")]
+
+
+def test_lines_lie_within_the_drawing():
+    points = [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", curve())]
+    assert all(44 <= x <= 310 and 8 <= y <= 158 for x, y in points)
+    assert len(points) >= 9
+
+
+def test_a_page_of_long_runs_stays_small():
+    rng = np.random.default_rng(0)
+    names = ("reward", "kl", "entropy", "length", "informative_groups", "nll", "dev", "truncated", "reward/a", "reward/b")
+    curves: dict = {}
+    for stage in map(str, range(6)):
+        for metric in names:
+            for seed in range(3):
+                step, value = thin(np.arange(1400.0), rng.normal(size=1400).cumsum())
+                entry = {"seed": seed, "step": step.tolist(), "value": value.tolist()}
+                curves.setdefault(stage, {}).setdefault(metric, []).append(entry)
+    made = html.curve_plots({"curves": curves, "scores": {}, "recovery": None})
+    assert len(made) == 8 + 6
+    assert sum(len(m["svg"]) for m in made) < 1_000_000

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 from html import escape
 from itertools import pairwise
 
@@ -136,25 +137,12 @@ def arrange(drawing: Drawing) -> None:
 
 def _layers(drawing: Drawing) -> None:
     """Longest path from the roots; a root is then drawn as near to its first reader as it can be."""
-    ready = dict.fromkeys(drawing.nodes, 0)
-    for link in drawing.links:
-        ready[link.target] += 1
-    stack = [n for n, waiting in ready.items() if not waiting]
-    roots = list(stack)
-    outgoing: dict[str, list[str]] = {n: [] for n in drawing.nodes}
-    for link in drawing.links:
-        outgoing[link.source].append(link.target)
-    while stack:
-        name = stack.pop()
-        for target in outgoing[name]:
-            node = drawing.nodes[target]
-            node.layer = max(node.layer, drawing.nodes[name].layer + 1)
-            ready[target] -= 1
-            if not ready[target]:
-                stack.append(target)
-    for name in roots:
-        if outgoing[name]:
-            drawing.nodes[name].layer = min(drawing.nodes[t].layer for t in outgoing[name]) - 1
+    sources = {name: [e.source for e in drawing.links if e.target == name] for name in drawing.nodes}
+    for name in TopologicalSorter(sources).static_order():
+        drawing.nodes[name].layer = max((drawing.nodes[s].layer + 1 for s in sources[name]), default=0)
+    for name in (n for n in drawing.nodes if not sources[n]):
+        readers = [drawing.nodes[e.target].layer for e in drawing.links if e.source == name]
+        drawing.nodes[name].layer = min(readers, default=1) - 1
 
 
 def _bend(drawing: Drawing) -> None:

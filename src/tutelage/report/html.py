@@ -223,7 +223,7 @@ def plot(title: str, shown: dict[str, list[JSON]], colour: dict[str, int]) -> JS
         if alike:
             means = [sum(v) / len(v) for v in zip(*(s["value"] for s in series), strict=True)]
             lines.append(plots.Line(name, colour[name], list(zip(series[0]["step"], means, strict=True)), bold=True))
-    legend = [(plots.colour_class(colour[name]), name) for name in shown]
+    legend = [(plots.stroke(colour[name]), name) for name in shown]
     return {"title": title, "svg": plots.lines(title, lines), "legend": legend}
 
 

@@ -1,18 +1,31 @@
-"""Small plots as inline SVG: lines over steps, and dots with intervals. Made by hand: a plot is a few hundred bytes.
+"""Small plots as inline SVG, drawn by matplotlib: lines over steps, and dots with intervals.
 
-Colours are CSS classes (``s0`` ... ``s7``, ``before``, ``after``, ...: report.css), so that one drawing serves light and
-dark pages; text is set in the page's font. Leaves out: anything interactive, logarithmic axes, legends (the page's HTML).
+Colours are the style sheet's variables (report.css), so that one drawing serves light and dark pages; text is set in the
+page's font. The same numbers give the same text. Leaves out: interaction, and legends, which are the page's HTML.
 """
 
 from __future__ import annotations
 
-import math
+import io
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from typing import Any, Literal
 
-COLOURS = 8
-"""Classes ``s0`` ... that the style sheet knows; further series take the same colours, dashed."""
+SERIES = ("blue", "orange", "green", "pink", "ink", "sky", "red", "gold")
+"""Colours of series; further ones take the same again, dashed."""
+ROLES = {"after": "blue", "teacher": "orange", "other": "orange", "control": "pink"}
+"""Colours of a checkpoint's part in the table; any other is grey."""
+VARIABLES = (*SERIES, "grey", "soft", "rule", "card")
+STAND_INS = {name: f"#fe00{i:02x}" for i, name in enumerate(VARIABLES)}
+"""What matplotlib is told in place of a variable, which it does not know."""
+SETTINGS = {
+    **{"svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "axes.axisbelow": True},
+    **{"xtick.bottom": False, "xtick.major.size": 0, "ytick.left": False, "ytick.major.size": 0, "ytick.major.pad": 7},
+    **{"grid.color": STAND_INS["rule"], "xtick.labelcolor": STAND_INS["soft"], "ytick.labelcolor": STAND_INS["soft"]},
+}
 
 
 @dataclass(frozen=True)
@@ -38,98 +51,85 @@ class Dot:
     seeds: list[float] = field(default_factory=list)
 
 
-def colour_class(index: int) -> str:
-    return f"s{index % COLOURS}" + (" dashed" if index >= COLOURS else "")
-
-
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that cover [low, high], about so many."""
-    if not high > low:
-        low, high = low - (abs(low) * 0.1 or 0.5), low + (abs(low) * 0.1 or 0.5)
-    raw = (high - low) / about
-    unit = 10 ** math.floor(math.log10(raw))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def number(value: float) -> str:
-    """A tick's label: 12k, 0.25, 3e-05."""
-    if value == 0:
-        return "0"
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:.4g}"
+def stroke(index: int) -> str:
+    """A series' colour as CSS."""
+    return f"stroke:var(--{SERIES[index % len(SERIES)]})" + (";stroke-dasharray:4 3" if index >= len(SERIES) else "")
 
 
 def lines(title: str, series: Sequence[Line], unit: str = "step") -> str:
     """A line plot, 320 × 190. Empty where no series has a point."""
-    series = [s for s in series if s.points]
-    if not series:
+    from matplotlib.style import context
+
+    drawn = sorted((s for s in series if s.points), key=lambda each: each.bold)
+    if not drawn:
         return ""
-    left, right, top, bottom = 44.0, 310.0, 8.0, 160.0
-    xs, ys = [x for s in series for x, _ in s.points], [y for s in series for _, y in s.points]
-    x_ticks, y_ticks = ticks(min(0, *xs), max(xs)), ticks(min(ys), max(ys))
-    x_low, x_high = x_ticks[0], x_ticks[-1]
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_low) / (x_high - x_low)
-        up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return left + across * (right - left), bottom - up * (bottom - top)
-
-    parts = []
-    for y in y_ticks:
-        height = at(x_low, y)[1]
-        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 5}" y="{height + 3.5:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in x_ticks:
-        across = at(x, y_ticks[0])[0]
-        parts.append(f'<text class="tick" x="{across:.1f}" y="{bottom + 14}" text-anchor="middle">{number(x)}</text>')
-    parts.append(f'<text class="tick" x="{right}" y="{bottom + 27}" text-anchor="end">{escape(unit)}</text>')
-    for line in sorted(series, key=lambda each: each.bold):
-        style = f"{colour_class(line.colour)}{' bold' * line.bold}{' faint' * line.faint}"
-        drawn = [at(x, y) for x, y in line.points]
-        if len(drawn) == 1:
-            parts.append(f'<circle class="dot {style}" cx="{drawn[0][0]:.1f}" cy="{drawn[0][1]:.1f}" r="2.5"/>')
-            continue
-        path, name = " ".join(f"{x:.1f},{y:.1f}" for x, y in drawn), escape(line.name)
-        parts.append(f'<polyline class="line {style}" points="{path}"><title>{name}</title></polyline>')
-    said = f"{title} over {unit}: " + ", ".join(dict.fromkeys(s.name for s in series))
-    return f'<svg class="plot" viewBox="0 0 320 190" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
+    with context(["default", SETTINGS]):
+        axes = _axes("y", 320, 190, left=44, right=10, top=8, bottom=32)
+        for i, line in enumerate(drawn):
+            width, alpha = (1.9, 1.0) if line.bold else (0.8, 0.4) if line.faint else (1.2, 0.9)
+            colour, dash = STAND_INS[SERIES[line.colour % len(SERIES)]], (0, (4, 3)) if line.colour >= len(SERIES) else "-"
+            (made,) = axes.plot(*zip(*line.points, strict=True), color=colour, linestyle=dash, linewidth=width, alpha=alpha)
+            made.set(gid=f"title{i}", clip_on=False, marker="" if line.points[1:] else "o", ms=5, mfc="none")
+        axes.set_xlim(min(0.0, axes.dataLim.x0), max(axes.dataLim.x1, 1.0))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.text(1, -0.19, unit, transform=axes.transAxes, color=STAND_INS["soft"], ha="right")
+        said = f"{title} over {unit}: " + ", ".join(dict.fromkeys(s.name for s in series if s.points))
+        return _svg(axes, said, [line.name for line in drawn])
 
 
 def dots(title: str, rows: Sequence[Dot], top: float = 1.0) -> str:
     """Dots with intervals, one row a checkpoint, on a scale from 0 to ``top``; small marks are seeds."""
-    left, right, row_height = 124.0, 252.0, 19.0
-    scale = ticks(0.0, top)
-    low = min(0.0, *(r.low for r in rows)) if rows else 0.0
-    bottom = 6 + row_height * len(rows)
+    from matplotlib.style import context
 
-    def at(value: float) -> float:
-        return left + (value - low) / (scale[-1] - low) * (right - left)
-
-    parts = []
-    for tick in scale:
-        parts.append(f'<line class="grid" x1="{at(tick):.1f}" x2="{at(tick):.1f}" y1="4" y2="{bottom}"/>')
-        label = f"{100 * tick:g}"
-        parts.append(f'<text class="tick" x="{at(tick):.1f}" y="{bottom + 13}" text-anchor="middle">{label}</text>')
-    for i, row in enumerate(rows):
-        y = 4 + row_height * (i + 0.5)
-        name = escape(_short(row.name))
-        parts.append(f'<text class="name {row.style}" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{name}</text>')
-        said = f"{row.name}: {100 * row.mean:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
-        marks = (
-            "".join(f'<path class="seed" d="M{at(s):.1f} {y - 6:.1f}v12"/>' for s in row.seeds) if len(row.seeds) > 1 else ""
-        )
-        parts.append(
-            f'<g class="mark {row.style}"><title>{escape(said)}</title>{marks}'
-            f'<line x1="{at(row.low):.1f}" x2="{at(row.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<circle cx="{at(row.mean):.1f}" cy="{y:.1f}" r="3.6"/></g>'
-        )
-    said = f"{title}: " + "; ".join(f"{r.name} {100 * r.mean:.1f} %" for r in rows)
-    height = bottom + 18
-    return f'<svg class="plot" viewBox="0 0 264 {height:.0f}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
+    with context(["default", SETTINGS]):
+        axes = _axes("x", 264, 24 + 19 * len(rows), left=124, right=12, top=4, bottom=20)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+        axes.set(xlim=(min(0.0, *(r.low for r in rows)), top), ylim=(len(rows) - 0.5, -0.5))
+        axes.set_yticks(range(len(rows)), [r.name if len(r.name) <= 18 else f"{r.name[:17]}…" for r in rows])
+        for i, (row, label) in enumerate(zip(rows, axes.get_yticklabels(), strict=True)):
+            control, other, colour = row.style == "control", row.style == "other", STAND_INS[ROLES.get(row.style, "grey")]
+            label.set(size=12, color=STAND_INS["soft" if other else "ink"], style="italic" if control else "normal")
+            label.set_weight("bold" if row.style == "after" else "normal")
+            (made,) = axes.plot([row.low, row.mean, row.high], [i] * 3, "o-", color=colour, markevery=[1], linewidth=2)
+            made.set(markersize=6, markeredgewidth=1.8, markerfacecolor=STAND_INS["card"] if control else colour)
+            seeds = row.seeds if len(row.seeds) > 1 else []
+            marks = axes.plot(seeds, [i] * len(seeds), "|", color=colour, markersize=12, zorder=1.9)
+            for each in (made, *marks):
+                each.set(gid=f"title{i}", clip_on=False, alpha=0.5 if other else None)
+        titles = [f"{r.name}: {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for r in rows]
+        return _svg(axes, f"{title}: " + "; ".join(f"{r.name} {100 * r.mean:.1f} %" for r in rows), titles)
 
 
-def _short(text: str, length: int = 18) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _axes(grid: Literal["x", "y"], width: float, height: float, left: float, right: float, top: float, bottom: float) -> Any:
+    """Axes without frame or background, with these margins in pixels."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width / 72, height / 72), frameon=False)
+    axes = figure.add_subplot(frameon=False)
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
+    axes.grid(axis=grid, clip_on=False)
+    axes.locator_params(nbins=5)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda at, _: (f"{at / 1000:g}k" if abs(at) >= 10_000 else f"{at:.4g}").replace("-", "−"))
+    return axes
+
+
+def _svg(axes: Any, said: str, titles: list[str]) -> str:
+    """The figure as an ``<svg>`` that can stand beside others in a page; ``titles`` are for artists called title0, ..."""
+    from matplotlib import rc_context
+
+    out = io.StringIO()
+    with rc_context({"svg.hashsalt": said}), warnings.catch_warnings(action="ignore"):  # letters that its font lacks
+        axes.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = out.getvalue().partition("</defs>")[2].rpartition("</svg>")[0]  # the first defs would style the whole page
+
+    def tag(found: re.Match[str]) -> str:
+        surplus = r'(?<=\.\d)\d+| ?font-family: [^;"]*;| transform="rotate\(-?0 [^"]*"|xlink:(?=href)'
+        short = re.sub(surplus, "", " ".join(found[0].split()))  # a tenth of a pixel is enough
+        short = re.sub(r"#fe00([0-9a-f]{2})", lambda hexed: f"var(--{VARIABLES[int(hexed[1], 16)]})", short)
+        named = re.fullmatch(r'<g id="(?:title(\d+)|[^"]*)">', short)
+        return short if not named else f"<g><title>{escape(titles[int(named[1])])}</title>" if named[1] else "<g>"
+
+    text = re.sub(r">\s+<", "><", re.sub(r"<[^>]+>", tag, text)).strip()
+    size = "{:.0f} {:.0f}".format(*72 * axes.figure.get_size_inches())
+    return f'<svg class="plot" viewBox="0 0 {size}" role="img" aria-label="{escape(said)}">{text}</svg>'
