@@ -16,7 +16,7 @@ from tutelage.spec import ROOMS, Spec, kinds
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tutelage"
-HEAVY = {"torch", "transformers", "pyarrow", "reasoning_gym", "math_verify", "matplotlib", "safetensors", "tokenizers", "peft"}
+HEAVY = {"numpy", "torch", "transformers", "pyarrow", "reasoning_gym", "math_verify", "matplotlib", "safetensors", "tokenizers"}
 
 BASE = {"types", "spec"}
 LOW = BASE | {"text", "losses", "credit", "verify", "tasks"}

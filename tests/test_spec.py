@@ -313,3 +313,18 @@ parts = {"recipe": anything, "goals": anything, "stages": st.dictionaries(words,
 def test_any_record_loads_or_is_a_spec_error(rec):
     with suppress(SpecError):
         from_record(rec)
+
+
+def test_a_raised_version_shows_even_where_the_spec_is_a_default(monkeypatch):
+    """A mended default loss must invalidate what it made."""
+    from tutelage.losses.nll import NLL
+    from tutelage.stages.fit import Fit
+    from tutelage.stages.model import NewModel
+
+    model = NewModel(name="m", alphabet="ab").out()
+    stage = lambda **more: Fit(name="f", model=model, data=model, **more)  # noqa: E731
+    before, written = canonical(stage(), lambda s: None), canonical(stage(loss=NLL()), lambda s: None)
+    assert before == written
+    monkeypatch.setattr(NLL, "version", 2)
+    assert canonical(stage(), lambda s: None) != before
+    assert canonical(stage(), lambda s: None) == canonical(stage(loss=NLL()), lambda s: None)

@@ -3,7 +3,7 @@
 A spec is parsed and typed by pydantic, compared by identity, and known by its *kind*: the dotted path of its class, short
 (``losses.policy.DAPO``) inside this package. A record is the JSON form: every nested spec is an object with a ``kind``.
 Fingerprints leave out fields equal to their default (a new field does not invalidate a store; a changed default needs a
-version bump) and fields marked `unkeyed` (names, threads, devices).
+version bump) unless a spec in them has raised its version, and fields marked `unkeyed` (names, threads, devices).
 
 Leaves out: edges between stages and their keys (graph.py) and where results live (store.py).
 """
@@ -76,7 +76,7 @@ def flags(cls: type[Spec], name: str) -> dict[str, Any]:
 def suggest(word: object, valid: Iterable[str]) -> str:
     """``; did you mean X? Valid: ...`` for an unknown word."""
     names = sorted(valid)
-    near = difflib.get_close_matches(str(word), names, 1, 0.4)
+    near = difflib.get_close_matches(str(word), names, 1, 0.55)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return f"{hint} valid: {', '.join(names) or 'none'}"
 
@@ -201,7 +201,7 @@ def canonical(value: Any, edge: Callable[[Spec], Any]) -> Any:
         form: dict[str, Any] = {"kind": cls.kind(), "version": cls.version, **foreign_code(cls)}
         for name, info in cls.model_fields.items():
             fact, flag = getattr(value, name), flags(cls, name)
-            if flag.get("unkeyed") or (not info.is_required() and _same(fact, info.get_default(call_default_factory=True))):
+            if flag.get("unkeyed") or (_is_default(fact, info) and _unmended(fact)):
                 continue
             form[name] = content_hash(Path(fact)) if flag.get("outside") else canonical(fact, edge)
         return form
@@ -210,6 +210,19 @@ def canonical(value: Any, edge: Callable[[Spec], Any]) -> Any:
     if isinstance(value, dict):
         return {k: canonical(value[k], edge) for k in sorted(value)}
     return value
+
+
+def _is_default(fact: Any, info: Any) -> bool:
+    return not info.is_required() and _same(fact, info.get_default(call_default_factory=True))
+
+
+def _unmended(fact: Any) -> bool:
+    """Whether no spec inside has raised its version: one that has must show in the key even where it is the default."""
+    if isinstance(fact, Spec):
+        return type(fact).version == 1 and all(_unmended(getattr(fact, n)) for n in type(fact).model_fields)
+    if isinstance(fact, (tuple, list)):
+        return all(map(_unmended, fact))
+    return all(map(_unmended, fact.values())) if isinstance(fact, dict) else True
 
 
 def _same(a: Any, b: Any) -> bool:

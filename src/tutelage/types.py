@@ -16,9 +16,10 @@ Leaves out: anything that computes. Arrays are numpy outside the learner and tor
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Message = dict[str, str]
 """``{"role": "user" | "assistant" | "system" | "tool", "content": text}``, as chat templates take it."""
@@ -98,6 +99,8 @@ class Sample:
     @property
     def trained(self) -> np.ndarray:
         """int [T_sel]: the positions where the mask is true."""
+        import numpy as np
+
         return np.flatnonzero(self.mask)
 
 

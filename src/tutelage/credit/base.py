@@ -23,7 +23,7 @@ class Scorer(Protocol):
 
     @property
     def head(self) -> Any:
-        """The output head: ``head(hidden [m, D]) -> logits [m, V]`` in fp32, cut to the true vocabulary; ``head.width`` is D."""
+        """The output head: ``head(hidden [m, D]) -> logits [m, V]`` in fp32, cut to the true vocabulary, with ``width`` D."""
         ...
 
 

@@ -14,13 +14,14 @@ same up to n/(n−1)), batch-wide scaling (REINFORCE++), and length or overlong 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from tutelage.credit.base import Credit, CreditContext
 from tutelage.losses.base import Metrics
 from tutelage.types import Sample, Signal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EPSILON = 1e-4
 """Added to the standard deviation, as in TRL."""
@@ -42,6 +43,8 @@ class GroupRelative(Credit):
         return frozenset({"advantage"})
 
     async def assign(self, samples: Sequence[Sample], ctx: CreditContext) -> tuple[list[Sample], Metrics]:
+        import numpy as np
+
         sound = [s for s in samples if not failed(s)]
         kept: list[Sample] = []
         informative = 0
@@ -75,6 +78,8 @@ def groups(samples: Iterable[Sample]) -> list[list[Sample]]:
 
 def relative(rewards: np.ndarray, scale: Literal["group", "none"]) -> np.ndarray:
     """Advantages [n] of one group's rewards [n]; exactly zero where all are equal, a group of one included."""
+    import numpy as np
+
     if np.ptp(rewards) == 0:  # not std == 0: the std of three times 0.1 is 1e-17
         return np.zeros(len(rewards))
     centred = rewards - rewards.mean()
@@ -83,5 +88,7 @@ def relative(rewards: np.ndarray, scale: Literal["group", "none"]) -> np.ndarray
 
 def write(sample: Sample, advantage: float) -> None:
     """Puts one number on every trained position."""
+    import numpy as np
+
     values = np.full(len(sample.trained), advantage, np.float32)
     sample.signals["advantage"] = Signal(values, sample.trained, {"kind": "group_relative"})

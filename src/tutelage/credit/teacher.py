@@ -15,8 +15,6 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
-import numpy as np
-
 from tutelage.credit.base import Credit, CreditContext, Scorer
 from tutelage.losses.base import Metrics
 from tutelage.spec import SpecError
@@ -55,6 +53,8 @@ class Teacher(Credit):
     def _write(self, sample: Sample, signal: Signal, i: int, teacher: Scorer) -> None:
         sample.signals[f"teacher_{self.want}"] = signal
         if self.want == "hidden":
+            import numpy as np
+
             which = np.full(len(signal.index), i, np.int64)
             sample.signals["teacher"] = Signal(which, signal.index, {"model": teacher.name})
 
@@ -76,6 +76,8 @@ def route(samples: Iterable[Sample], teachers: Mapping[str, Scorer]) -> None:
 
 def check(sample: Sample, signal: Signal, teacher: Scorer) -> None:
     """Raises `ValueError` where a signal is not at the trained positions, or not at the temperature of the sampling."""
+    import numpy as np
+
     if not np.array_equal(signal.index, sample.trained) or len(signal.values) != len(signal.index):
         raise ValueError(f"teacher {teacher.name!r} did not score exactly the trained tokens of a sample")
     sampled = sample.signals.get("behaviour_logp")
@@ -86,6 +88,8 @@ def check(sample: Sample, signal: Signal, teacher: Scorer) -> None:
 
 def widen(samples: Sequence[Sample]) -> None:
     """Zero-pads ``teacher_hidden`` on the right to the widest, so that samples of several teachers pack together."""
+    import numpy as np
+
     widest = max((s.signals["teacher_hidden"].values.shape[1] for s in samples), default=0)
     for sample in samples:
         old = sample.signals["teacher_hidden"]

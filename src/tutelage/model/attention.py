@@ -192,9 +192,15 @@ class Decode:
         return softmax_attention(q.unsqueeze(2), keys, values, mask, scale, cap)[:, :, 0]
 
 
-PACKED = frozenset(
-    ["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "olmo", "olmo2", "olmo3", "olmoe", "granite", "smollm3"]
-)
+PACKED = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "granite"}) | {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+}
 """Architectures (``model_type``) whose only path between positions is attention through the library's interface."""
 
 

@@ -29,8 +29,11 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=getattr(torch, dtype), attn_implementation=register()
     )
-    model.to(torch.device(device))
-    return model.eval()
+    return _moved(model, device)
+
+
+def _moved(model: Any, device: str) -> Any:
+    return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -22,7 +22,7 @@ from tutelage.stages.online import Online
 from tutelage.stages.tasks import TaskSplits
 from tutelage.tasks.base import ALPHABET, LAYOUT
 from tutelage.tasks.gym import Base, Reverse, Sort, Sum
-from tutelage.text.template import Document
+from tutelage.text.template import Chat, Document
 from tutelage.verify.gym import ReasoningGym
 
 DOMAINS = (
@@ -135,7 +135,7 @@ def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals
     rows: dict[str, dict[str, At]] = {}
     sources: dict[str, At] = {}
     for label, stage in checkpoints.items():
-        template = {"template": Document(format=LAYOUT, stop=("\n",))} if label == "base" else {}
+        template = Document(format=LAYOUT, stop=("\n",)) if label == "base" else Chat()
         sources[label] = stage.out()
         rows[label] = {
             name: Evaluate(
@@ -145,7 +145,7 @@ def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals
                 domain=name,
                 env=SOLVED,
                 sampling=Sampling(temperature=0.0, max_new_tokens=LONGEST),
-                **template,
+                template=template,
             ).out()
             for name in NAMES
         }

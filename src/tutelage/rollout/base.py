@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 from pydantic import Field
 
 from tutelage.spec import Spec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Sampling(Spec):

@@ -12,8 +12,9 @@ from tutelage.graph import At, DataType, Kind, ModelType, ScoresType, Stage, Typ
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, suggest
 from tutelage.text.template import Chat, Template
+from tutelage.types import Sample
 
-REPLY_GUESS = 0.5
+REPLY_GUESS = 0.25
 """Share of ``max_new_tokens`` that an average reply is assumed to take, for estimates."""
 
 
@@ -33,6 +34,14 @@ def need_model(types: Callable[[At], Type], model: At) -> ModelType:
     if not isinstance(found, ModelType):
         raise SpecError(f"{model.of.name}.{model.port} is no model")
     return found
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    task, score = sample.task, sample.score
+    assert task is not None
+    assert score is not None
+    facts = {"task": task.id, "value": score.value, "error": score.error, "reply": sample.text}
+    return {**facts, "tokens": int(sample.mask.sum()), "level": task.meta.get("level", 0)}
 
 
 class Evaluate(Stage):
@@ -72,10 +81,7 @@ class Evaluate(Stage):
         rows, part = [], max(self.slots, 1) * 2
         for start in range(0, len(tasks), part):
             for sample in driver.collect(tasks[start : start + part], 1, self.seed):
-                assert sample.task and sample.score
-                facts = {"task": sample.task.id, "value": sample.score.value, "error": sample.score.error}
-                level = sample.task.meta.get("level", 0)
-                rows.append({**facts, "reply": sample.text, "tokens": int(sample.mask.sum()), "level": level})
+                rows.append(_row(sample))
             mean = sum(r["value"] for r in rows) / len(rows)
             ctx.progress(len(rows), len(tasks), accuracy=mean)
         policy.charge(ctx.cost)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from tutelage.envs.base import Env
@@ -197,6 +196,8 @@ class _Fitting:
 
 def batch_order(n: int, size: int, step: int, seed: int) -> list[int]:
     """Indices of the batch at ``step``: each epoch is its own permutation, and batches run on across epochs."""
+    import numpy as np
+
     picked: list[int] = []
     at = step * size
     while len(picked) < size:

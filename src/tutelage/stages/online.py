@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from tutelage.credit.base import Credit, Scorer
@@ -227,6 +226,8 @@ class _Loop:
 
 def _minibatches(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """Whole groups dealt out in order; never more parts than groups."""
+    import numpy as np
+
     groups: dict[str, list[Sample]] = {}
     for s in samples:
         groups.setdefault(s.group, []).append(s)
@@ -242,7 +243,7 @@ def _describe(samples: Sequence[Sample]) -> dict[str, float]:
         "reward": _mean([s.scalars["reward"] for s in scored]),
         "length": _mean([float(s.mask.sum()) for s in samples]),
         "truncated": _mean([float(s.stop == "length") for s in samples]),
-        "verifier_errors": float(len(samples) - len(scored)),
+        "verifier_errors": 1 - len(scored) / len(samples),
     }
     domains = sorted({s.domain for s in samples})
     if len(domains) > 1:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from tutelage.spec import Spec, UserError
 from tutelage.types import Message, Sample, Task
 
@@ -65,6 +63,8 @@ def reply_sample(prompt: Sequence[int], reply: Sequence[int], task: Task) -> Sam
 
 
 def _sample(prompt: Sequence[int], reply: Sequence[int]) -> Sample:
+    import numpy as np
+
     tokens = np.array([*prompt, *reply], dtype=np.int64)
     return Sample(tokens, np.arange(len(tokens)) >= len(prompt))
 
