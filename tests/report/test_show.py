@@ -96,7 +96,7 @@ def test_hostile_transcripts_and_names_are_escaped(page, tmp_path, monkeypatch):
 def test_headline_says_what_the_specialists_and_the_student_are_worth(page, found):
     said = html.sentences(found)
     assert "above the sft they began from" in said[0]["text"]
-    assert "the strongest control, sft continued" in said[1]["text"]
+    assert "the control sft continued" in said[1]["text"]
     assert "student: sum +" in said[1]["by"]
     assert "91.8 %" in page
     assert page.count("seed 0:") >= 1

@@ -111,25 +111,24 @@ def moment(value: Any) -> str:
 
 
 def sentences(found: JSON) -> list[dict[str, str]]:
-    """What the run shows, in words: specialists and student against where they began, then against the best control.
-    ``{text, by}``: a sentence, and the domains behind its means."""
+    """What the run shows, in words: specialists and student against where they began, then against the two strongest
+    controls. ``{text, by}``: a sentence, and the domains behind its means."""
     gaps = found["gaps"]
     if not gaps:
         return []
-    before, strongest = found["recovery"]["before"]["row"], strongest_control(found)
+    before, controls = found["recovery"]["before"]["row"], strongest_controls(found)
     said = [compare(gaps, before, f"the {before} they began from")]
-    if strongest:
-        said.append(compare(gaps, strongest, f"the strongest control, {strongest}"))
-    else:
+    said += [compare(gaps, name, f"the control {name}") for name in controls[:2]]
+    if not controls:
         said.append({"text": "No control is measured in every domain: what more of the old training would do is not known."})
     return [{"by": "", **s} for s in said if s]
 
 
-def strongest_control(found: JSON) -> str | None:
-    """The control with the highest mean over the domains taught, which is the one nearest below the teachers."""
+def strongest_controls(found: JSON) -> list[str]:
+    """Controls by their mean over the domains taught, the highest first."""
     before = (found["recovery"] or {}).get("before", {}).get("row")
     over = [g for g in found["gaps"] if g["of"] == "teachers" and g["than"] != before]
-    return min(over, key=lambda g: g["difference"])["than"] if over else None
+    return [g["than"] for g in sorted(over, key=lambda g: g["difference"])]
 
 
 def compare(gaps: Iterable[JSON], than: str, words: str) -> dict[str, str]:
