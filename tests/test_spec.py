@@ -188,7 +188,9 @@ class Holder(Spec):
 
 @given(
     numbers=st.lists(st.integers()).map(tuple),
-    names=st.dictionaries(st.text(max_size=5).filter(lambda t: t not in ("kind", "ref")), st.floats(allow_nan=False)),
+    names=st.dictionaries(
+        st.text(max_size=5).filter(lambda t: t not in ("kind", "ref")), st.floats(allow_nan=False, allow_infinity=False)
+    ),
     value=st.floats(allow_nan=False, allow_infinity=False),
     maybe=st.none() | st.text(max_size=8),
     warm=st.booleans(),

@@ -9,6 +9,7 @@ Leaves out: scheduling (run.py).
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -88,7 +89,8 @@ class Context:
     def log(self, step: int, **metrics: Any) -> None:
         """One line of metrics."""
         with self._metrics.open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **metrics}) + "\n")
+            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **line}) + "\n")
 
     def progress(self, step: int, total: int, **shown: Any) -> None:
         """What the progress bar shows: step of total, and a few named numbers."""

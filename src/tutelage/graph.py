@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from pydantic import Field
+
 from tutelage.spec import Spec, SpecError, build, canonical, digest, dump, load, resolve_kind, suggest, unkeyed, walk
 
 Kind = Literal["model", "data", "scores"]
@@ -120,7 +122,8 @@ class Table(Spec):
 class Goals(Spec):
     """What a recipe returns: the stages to reach, and the table to draw from them."""
 
-    recipe: str
+    recipe: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """names its runs, so a word"""
     stages: tuple[At, ...]
     table: Table | None = None
     seed: int = 0

@@ -50,9 +50,11 @@ def outside(default: Any = ..., **facts: Any) -> Any:
 class Spec(BaseModel):
     """Base of everything that can be written in a recipe. Raises `SpecError` on load, pydantic's error on construction."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     version: ClassVar[int] = 1
     """Bump when the class computes something else than before: what it made is then made again."""
+    library: ClassVar[str] = ""
+    """A distribution that decides what the class makes (a task library's generators and scorers): its version is keyed."""
 
     __eq__ = object.__eq__
     __hash__ = object.__hash__
@@ -198,7 +200,7 @@ def canonical(value: Any, edge: Callable[[Spec], Any]) -> Any:
         if written is not None:
             return written
         cls = type(value)
-        form: dict[str, Any] = {"kind": cls.kind(), "version": cls.version, **foreign_code(cls)}
+        form: dict[str, Any] = {"kind": cls.kind(), "version": cls.version, **foreign_code(cls), **library_of(cls)}
         for name, info in cls.model_fields.items():
             fact, flag = getattr(value, name), flags(cls, name)
             if flag.get("unkeyed") or (_is_default(fact, info) and _unmended(fact)):
@@ -244,6 +246,14 @@ def digest(form: Any) -> str:
     """Hex digest of a JSON form."""
     text = json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@cache
+def library_of(cls: type[Spec]) -> dict[str, str]:
+    """The version of the library that decides what a class makes, where it names one."""
+    from importlib.metadata import version
+
+    return {"library": f"{cls.library} {version(cls.library)}"} if cls.library else {}
 
 
 @cache

@@ -32,6 +32,8 @@ from tutelage.spec import UserError
 from tutelage.store import Store
 
 Order = dict[str, Any]
+LIBRARIES = ("torch", "transformers", "reasoning-gym", "math-verify", "tutelage")
+"""Whose versions are recorded with everything made."""
 
 
 def main() -> None:
@@ -204,7 +206,7 @@ class Worker:
             "started": began,
             "finished": time.time(),
             "host": socket.gethostname(),
-            "versions": {"python": platform.python_version(), **{p: of(p) for p in ("torch", "transformers", "tutelage")}},
+            "versions": {"python": platform.python_version(), **{p: of(p) for p in LIBRARIES}},
             "code": self.code,
             "threads": stage.threads,
             **({"seed": seed} if seed is not None else {}),

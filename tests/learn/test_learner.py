@@ -16,6 +16,7 @@ from tutelage.learn.learner import Learner, ModelScorer
 from tutelage.learn.optim import AdamW, Muon, Schedule
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
 from tutelage.losses.nll import NLL
+from tutelage.spec import UserError
 from tutelage.types import Signal
 
 LENGTHS = [9, 3, 14, 5, 7]
@@ -83,7 +84,7 @@ def test_a_teacher_equal_to_the_student_moves_no_parameter(loss, want, optimizer
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     metrics = distil(learner, samples, loss, want, tiny.model())
     assert metrics["kl"] == 0.0
-    assert learner.step() == 0.0
+    assert learner.step()["grad_norm"] == 0.0
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]), n
 
@@ -92,7 +93,7 @@ def test_a_teacher_equal_to_the_student_moves_no_parameter(loss, want, optimizer
 def test_another_teacher_does_move_them(loss, want):
     learner, samples = Learner(tiny.model(), AdamW()), tiny.samples(LENGTHS)
     distil(learner, samples, loss, want, tiny.model(seed=3))
-    assert learner.step() > 1e-3
+    assert learner.step()["grad_norm"] > 1e-3
 
 
 def distil(learner, samples, loss, want, teacher, temperature=0.8):
@@ -155,12 +156,18 @@ def test_schedules_are_their_closed_forms():
     assert cosine == pytest.approx([0.5 * (1 + np.cos(np.pi * s / 8)) for s in range(9)])
 
 
-def test_a_step_with_an_infinite_gradient_changes_nothing():
+def test_a_step_with_an_infinite_gradient_changes_nothing_is_told_and_does_not_go_on_for_ever():
     learner = Learner(tiny.model(), AdamW())
     before = {n: p.detach().clone() for n, p in learner.model.named_parameters()}
-    for p in learner.model.parameters():
-        p.grad = torch.full_like(p, float("nan"))
-    learner.step()
+
+    def step():
+        for p in learner.model.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+        return learner.step()
+
+    assert [step()["skipped"] for _ in range(9)] == [1.0] * 9
+    with pytest.raises(UserError, match="10 times in a row"):
+        step()
     assert all(torch.equal(p, before[n]) for n, p in learner.model.named_parameters())
 
 

@@ -61,6 +61,14 @@ def test_the_same_seed_draws_the_same_whatever_the_slots():
     assert [s.text for s in driver().collect(TASKS, 2, seed=6)] != [s.text for s in runs[0]]
 
 
+def test_a_task_that_comes_twice_is_two_groups_with_draws_of_their_own():
+    drawn = driver().collect([TASKS[0], TASKS[3], TASKS[0]], 3, seed=5)
+    assert [s.group for s in drawn] == ["t0"] * 3 + ["t3"] * 3 + ["t0#1"] * 3
+    assert [s.text for s in drawn[:3]] != [s.text for s in drawn[6:]]
+    alone = driver().collect([TASKS[0]], 6, seed=5)
+    assert [s.text for s in alone] == [s.text for s in drawn[:3] + drawn[6:]]
+
+
 def test_the_mask_covers_the_reply_alone_and_the_end_token_with_it():
     for s in driver(max_new_tokens=40).collect(TASKS, 4, seed=1):
         prompt = Chat().prompt(tiny.tokenizer(), s.task.messages)

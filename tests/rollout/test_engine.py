@@ -66,10 +66,18 @@ def test_a_sample_does_not_depend_on_slots_neighbours_or_order():
     assert len({tuple(t) for t in want}) > len(PROMPTS)  # replicas differ
 
 
-def test_groups_share_one_prefill():
-    engine = LocalEngine(tiny.model(), tiny.tokenizer(), 64)
-    drain(engine, requests(Sampling(max_new_tokens=4), replicas=5))
-    assert engine.prefilled == sum(map(len, PROMPTS))
+def test_groups_share_one_prefill_and_costs_do_not_know(monkeypatch):
+    """Compute is algorithmic: neither the sharing nor the number of slots may change what is booked."""
+    for slots in (64, 3):
+        engine, lengths = LocalEngine(tiny.model(), tiny.tokenizer(), slots), []
+        forward = engine._forward
+        monkeypatch.setattr(
+            engine, "_forward", lambda ids, pos, lay, f=forward, n=lengths: n.append(len(ids)) or f(ids, pos, lay)
+        )
+        drain(engine, requests(Sampling(max_new_tokens=4), replicas=5))
+        assert engine.prefilled == 5 * sum(map(len, PROMPTS))
+        if slots == 64:
+            assert lengths[0] == sum(map(len, PROMPTS))
 
 
 def test_truncated_sampling_keeps_both_log_probs():

@@ -107,7 +107,7 @@ def test_costs_are_the_tokens_times_the_parameters(tmp_path):
     store, stage = Store(tmp_path / "s"), mopd(steps=2)
     ctx = make(stage, store)
     n, tokens = INIT.infer(Types())["policy"].params, ctx.cost.tokens
-    assert tokens["scored"] == tokens["trained"] > tokens["sampled"] > 0
+    assert tokens["scored"] == tokens["trained"] == tokens["sampled"] + tokens["prefilled"]
     per = {"sampled": 2, "prefilled": 2, "scored": 2, "trained": 6}
     assert ctx.cost.flops == sum(per[k] * n * v for k, v in tokens.items())
 
@@ -210,6 +210,19 @@ def test_an_unknown_domain_names_those_there_are():
 
 def test_prompts_that_cannot_be_shared_equally():
     refused(mopd(prompts=5), "5", "2 domains")
+
+
+def test_a_checkpoint_that_will_never_be_written():
+    refused(rl(checkpoints=(2, 9)), "step 9", "1 to 4")
+    refused(fit(checkpoints=(2,), budget=(rl().out(),)), "budget or patience")
+
+
+def test_development_tasks_that_are_no_tasks():
+    refused(fit(select=Selection(tasks=INIT.out(), env=ENV)), "init.policy", "no prompts")
+
+
+def test_teachers_that_nobody_asks():
+    refused(rl(teachers={"low": INIT.out()}), "no credit rule asks them")
 
 
 def test_data_without_the_columns():

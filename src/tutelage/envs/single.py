@@ -15,7 +15,7 @@ class SingleTurn(Env):
     """Asks once and has the reply verified."""
 
     verifier: Verifier
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(300.0, gt=0)
     """After which a verifier that has not answered is an error of that sample."""
 
     async def __call__(self, task: Task, ask: Ask, ctx: Any = None) -> Score:

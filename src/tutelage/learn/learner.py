@@ -22,10 +22,15 @@ from tutelage.losses.base import Loss
 from tutelage.model.attention import Rows
 from tutelage.model.folder import matmul_params
 from tutelage.model.head import Head
+from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
 
 CHUNK = 1 << 22
 """Elements of logits held at once: [m, V] chunks of at most this size."""
+
+
+HOPELESS = 10
+"""Updates in a row without a finite gradient after which a stage gives up."""
 
 
 class PackedOutput:
@@ -90,6 +95,7 @@ class Learner:
         self.model, self.clip, self.micro_tokens, self.vocab = model, clip, micro_tokens, vocab
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimizers = optimizer.build(model) if optimizer else []
+        self.skips = 0
         self._peaks = [[g["lr"] for g in o.param_groups] for o in self.optimizers]
 
     # --- forward ---
@@ -134,8 +140,9 @@ class Learner:
                 sums[name] = _join(name, old, (float(a), float(b)))
         return {name: a / b if b else a for name, (a, b) in sums.items()}
 
-    def step(self, factor: float = 1.0) -> float:
-        """Clips, updates and clears the gradients; ``factor`` scales every learning rate. Returns the gradient norm."""
+    def step(self, factor: float = 1.0) -> dict[str, float]:
+        """Clips, updates and clears the gradients; ``factor`` scales every learning rate. Returns ``grad_norm`` and
+        ``skipped``: 1 where the gradient was not finite and nothing moved. Raises `UserError` when that goes on."""
         params = [p for p in self.model.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.clip_grad_norm_(params, self.clip or float("inf")))
         for optimizer, peaks in zip(self.optimizers, self._peaks, strict=True):
@@ -144,7 +151,12 @@ class Learner:
             if np.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return norm
+        self.skips = 0 if np.isfinite(norm) else self.skips + 1
+        if self.skips >= HOPELESS:
+            raise UserError(
+                f"the gradient was not finite {self.skips} times in a row; lower the learning rate, or look at the data"
+            )
+        return {"grad_norm": norm, "skipped": float(self.skips > 0)}
 
     # --- being asked ---
 

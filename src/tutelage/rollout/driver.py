@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -38,26 +39,32 @@ class Driver:
         self._stop_tokens = template.stop_tokens(tokenizer)
 
     def collect(self, tasks: Sequence[Task], replicas: int, seed: int) -> list[Sample]:
-        """``replicas`` samples of each task (a group), scored; grouped and in the order of the tasks."""
+        """``replicas`` samples of each task (a group), scored; grouped and in the order of the tasks. A task that comes
+        twice is two groups with draws of their own."""
         return asyncio.run(self._collect(tasks, replicas, seed))
 
     async def _collect(self, tasks: Sequence[Task], replicas: int, seed: int) -> list[Sample]:
-        episodes = [self._episode(task, r, seed) for task in tasks for r in range(replicas)]
+        episodes, seen = [], Counter[str]()
+        for task in tasks:
+            n, seen[task.id] = seen[task.id], seen[task.id] + 1
+            group = f"{task.id}#{n}" if n else task.id
+            episodes += [self._episode(task, group, n * replicas + r, seed) for r in range(replicas)]
         running = [asyncio.ensure_future(e) for e in episodes]
         await asyncio.sleep(0)  # every single-turn episode has submitted before the first round
         loop = asyncio.get_running_loop()
         with ThreadPoolExecutor(1) as thread:
             while not all(r.done() for r in running):
                 busy = await loop.run_in_executor(thread, self._pump)
-                if not busy:
-                    await asyncio.wait(running, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
+                left = [r for r in running if not r.done()]
+                if left and not busy:
+                    await asyncio.wait(left, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)
         return [sample for r in running for sample in r.result()]
 
     def _pump(self, rounds: int = 32) -> bool:
         """Several rounds a hand-over: waking the event loop for each would cost more than the round."""
         return all(self.engine.pump() for _ in range(rounds))
 
-    async def _episode(self, task: Task, replica: int, seed: int) -> list[Sample]:
+    async def _episode(self, task: Task, group: str, replica: int, seed: int) -> list[Sample]:
         turns: list[Sample] = []
 
         async def ask(messages: Sequence[Message]) -> str:
@@ -70,7 +77,7 @@ class Driver:
 
         score = await self.env(task, ask)
         for sample in turns:
-            sample.score = score
+            sample.group, sample.score = group, score
             sample.scalars["reward"] = score.value
         return turns
 

@@ -102,7 +102,7 @@ class LocalEngine:
         ids = torch.tensor([t for p in prompts for t in p], device=device)
         pos = torch.cat([torch.arange(len(p), device=device) for p in prompts])
         hidden = self._forward(ids, pos, layout)[lengths.cumsum(0) - 1]
-        self.prefilled += len(ids)
+        self.prefilled += sum(len(s.request.tokens) for s in fresh)  # as if nothing were shared: costs are algorithmic
         self._running += fresh
         self._append(fresh, hidden[source])
         self._retire()

@@ -22,7 +22,7 @@ from tutelage.losses.base import Loss
 from tutelage.losses.nll import NLL
 from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec, SpecError, UserError
-from tutelage.stages.evaluate import need_model
+from tutelage.stages.evaluate import need_domain, need_model
 from tutelage.text.template import Chat, Document, Template
 
 TOKENS_GUESS = 40
@@ -57,7 +57,8 @@ class Fit(Stage):
     loss: Loss = NLL()
     optimizer: AdamW | Muon = AdamW()
     schedule: Schedule = Schedule()
-    clip: float = 1.0
+    clip: float = Field(1.0, ge=0)
+    """bound on the gradient's norm; 0 does not bound it"""
     steps: int = Field(100, ge=1)
     rows: int = Field(64, ge=1)
     """the global batch"""
@@ -66,7 +67,7 @@ class Fit(Stage):
     select: Selection | None = None
     checkpoints: tuple[int, ...] = ()
     """Steps kept as a series that edges may name."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
     micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
 
@@ -76,6 +77,10 @@ class Fit(Stage):
         if not isinstance(data, DataType) or not set(need) <= set(data.columns):
             has = ", ".join(getattr(data, "columns", ())) or "no columns"
             raise SpecError(f"data needs columns {', '.join(need)}; {self.data.of.name}.{self.data.port} has {has}")
+        if self.select:
+            for domain in getattr(types(self.select.tasks), "domains", ("",)):
+                need_domain(types, self.select.tasks, domain)
+        need_series(self.checkpoints, self.steps, ends_early=bool(self.budget or (self.select and self.select.patience)))
         missing = self.loss.needs() - set(data.signals)
         if missing:
             raise SpecError(f"loss {self.loss.kind()} needs signals that the data lacks: {', '.join(sorted(missing))}")
@@ -92,6 +97,17 @@ class Fit(Stage):
 
     def run(self, ctx: Any) -> None:
         _Fitting(self, ctx).run()
+
+
+def need_series(checkpoints: tuple[int, ...], steps: int, ends_early: bool = False) -> None:
+    """Raises `SpecError` for a checkpoint that would never be written."""
+    for step in checkpoints:
+        if not 1 <= step <= steps:
+            raise SpecError(f"checkpoints names step {step}, but the stage has steps 1 to {steps}")
+    if checkpoints and ends_early:
+        raise SpecError(
+            "checkpoints cannot be promised by a stage that a budget or patience may end before; set one or the other"
+        )
 
 
 class _Fitting:
@@ -151,7 +167,7 @@ class _Fitting:
         stage, ctx = self.stage, self.ctx
         rows = [self.samples[i] for i in batch_order(len(self.samples), stage.rows, step, stage.seed)]
         metrics = self.learner.forward_backward(rows, stage.loss)
-        metrics["grad_norm"] = self.learner.step(stage.schedule.factor(step, stage.steps))
+        metrics |= self.learner.step(stage.schedule.factor(step, stage.steps))
         tokens = sum(len(r.tokens) for r in rows)
         ctx.cost.spend("trained", tokens, self.policy.params)
         ctx.log(step + 1, **metrics)

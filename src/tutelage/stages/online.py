@@ -26,7 +26,7 @@ from tutelage.losses.base import Loss
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, suggest
 from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
-from tutelage.stages.fit import batch_order
+from tutelage.stages.fit import batch_order, need_series
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample, Task
 
@@ -39,6 +39,7 @@ class Online(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "trains on its own samples"
+    version: ClassVar[int] = 2
 
     model: At
     tasks: At
@@ -51,7 +52,8 @@ class Online(Stage):
     loss: Loss
     optimizer: AdamW | Muon = AdamW(lr=4e-4)
     schedule: Schedule = Schedule()
-    clip: float = 1.0
+    clip: float = Field(1.0, ge=0)
+    """bound on the gradient's norm; 0 does not bound it"""
     steps: int = Field(100, ge=1)
     prompts: int = Field(16, ge=1)
     """prompts a step, all domains together"""
@@ -63,7 +65,7 @@ class Online(Stage):
     sampling: Sampling = Sampling()
     checkpoints: tuple[int, ...] = ()
     """Steps kept as a series that edges may name."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
     rollout_dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
     slots: int = Field(256, ge=1, json_schema_extra={"unkeyed": True})
@@ -75,6 +77,7 @@ class Online(Stage):
             need_domain(types, self.tasks, domain)
         self._check_teachers(types, model)
         self._check_signals()
+        need_series(self.checkpoints, self.steps)
         if self.prompts % len(self.domains):
             raise SpecError(f"prompts {self.prompts} cannot be shared equally by {len(self.domains)} domains")
         return {"policy": replace(model, checkpoints=self.checkpoints)}
@@ -99,6 +102,8 @@ class Online(Stage):
 
     def _check_signals(self) -> None:
         have = set(SAMPLED)
+        if self.sampling.top_p < 1 or self.sampling.top_k:
+            have.add("kept_logp")
         for rule in self.credit:
             _need(rule.kind(), rule.needs() - have)
             have |= rule.gives()
@@ -106,6 +111,8 @@ class Online(Stage):
         wants_teachers = any(name.startswith("teacher") for rule in self.credit for name in rule.gives())
         if wants_teachers and not self.teachers:
             raise SpecError("a credit rule asks teachers, but none are given; set teachers to {domain: a stage's policy}")
+        if self.teachers and not wants_teachers:
+            raise SpecError("teachers are given, but no credit rule asks them; add credit.teacher.Teacher or leave them out")
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
@@ -207,7 +214,7 @@ class _Loop:
         first: dict[str, float] = {}
         for part in _minibatches(samples, stage.minibatches):
             metrics = self.learner.forward_backward(part, stage.loss, stage.sampling.scored_at, self._extras())
-            metrics["grad_norm"] = self.learner.step(stage.schedule.factor(step, stage.steps))
+            metrics |= self.learner.step(stage.schedule.factor(step, stage.steps))
             self.ctx.cost.spend("trained", sum(len(s.tokens) for s in part), self.policy.params)
             first = first or metrics
         return first

@@ -21,6 +21,7 @@ from tutelage.types import Task
 class GymDomain(Domain):
     """A dataset of the library; a subclass says what a level is and how an entry is put."""
 
+    library: ClassVar[str] = "reasoning-gym"
     dataset: ClassVar[str]
 
     def config(self, level: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ class ReasoningGym(Marked):
     Where the entry's answer is a list, the reply may write it bare: ``3 14 15`` for ``['3', '14', '15']``.
     """
 
+    library: ClassVar[str] = "reasoning-gym"
     threshold: float = Field(1.0, gt=0.0, le=1.0)
     """The library's score from which an answer is right."""
     exact: bool = True

@@ -23,7 +23,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -39,6 +39,7 @@ MEMORY_BYTES = 4 << 30
 class MathVerify(Marked):
     """1.0 where the answer equals ``task.gold`` as mathematics."""
 
+    library: ClassVar[str] = "math-verify"
     timeout_s: float = Field(5.0, gt=0)
     """How long one comparison may take, in seconds; a later one is an error."""
 
