@@ -146,7 +146,7 @@ def make(store: Store, name: str, spec: dict[str, Any], keys: dict[str, str], se
         "record": spec,
         "inputs": [],
         "outputs": {},
-        "facts": {"selected": {"step": 200, "dev": 0.5}, "steps": 300} if name == "sft-continued" else {},
+        "facts": {"selected": {"step": 200, "dev": 0.5}, "steps": 300, "budget": 2.6e12} if name == "sft-continued" else {},
         "cost": {
             "flops": params * (6.0 * trained + 2.0 * sampled),
             "tokens": {"trained": trained, "sampled": sampled} if trained or sampled else {},

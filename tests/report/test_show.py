@@ -45,6 +45,55 @@ def test_terminal_fits_100_columns_and_names_checkpoints_and_seeds(made):
     assert "What each specialist lost elsewhere" in text
 
 
+@pytest.mark.parametrize("width", [80, 99, 120])
+def test_terminal_breaks_no_word(made, width):
+    text = printed(made, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    whole = ("checkpoint", "reverse", "(rl-reverse)", "specialist", "continued", "consolidation")
+    for word in whole:
+        assert word in text
+    lone = re.compile(r"^ ?[a-z)]{1,2} *$", re.M)  # what is left of a word that was cut
+    assert not lone.search(text)
+
+
+def test_every_seed_is_printed_and_said_not_to_be_in_the_interval(made, found, page):
+    text = printed(made, 80)
+    assert "Every seed" in text
+    for seed in found["recovery"]["seeds"]:
+        row = seed["domains"]["sum"]
+        numbers = r"\s+".join(terminal.percent(row[k]) for k in ("before", "teacher", "after"))
+        assert re.search(rf"\b{seed['seed']}\s+{numbers}", text)
+        assert f"seed {seed['seed']}: all domains" in text
+    assert "no gap in base" in text
+    assert re.sub(r"\s+", " ", text).count("it does not cover the training seed") >= 3
+    assert html.TASKS_ONLY in page
+    assert "it says nothing of the controls" in page
+    assert '<th scope="row">all seeds</th>' in page
+    assert "ratio of sums" not in page
+
+
+def test_budgets_of_controls_are_told(made, found, page):
+    seeds = found["budgets"]["sft continued"]
+    assert [s["seed"] for s in seeds] == [0, 1]
+    assert seeds[0]["selected"]["step"] == 200
+    assert seeds[0]["teachers"]
+    line = "sft continued: spent 2.5, 2.5 of its 2.6, 2.6 TFLOP budget (the specialists'; seeds 0, 1); "
+    line += "chosen on development tasks: steps 200, 200 of 300, 300"
+    assert line in re.sub(r"\s+", " ", printed(made))
+    assert line.replace("'", "&#39;") in page
+    alone = {"c": [{**seeds[0], "teachers": False, "of": ["a"], "selected": None, "spent": 5e9, "budget": 2e12}]}
+    assert terminal.budget_lines({"budgets": alone}) == ["c: spent 5.0 GFLOP of its 2.0 TFLOP budget (of a)"]
+
+
+def test_a_table_that_names_no_row_is_told(tmp_path, monkeypatch):
+    drawn = synthetic.record
+    monkeypatch.setattr(synthetic, "record", lambda *a: (r := drawn(*a)) | {"table": r["table"] | {"before": "sfft"}})
+    store = synthetic.build(tmp_path / "s", n=20)
+    said = "the table names 'sfft' as its before, but has no such row (nearest: 'sft')"
+    assert said in re.sub(r"\s+", " ", printed(store))
+    assert said.replace("'", "&#39;") in html.page(store, "last")
+
+
 def test_terminal_of_partial_runs(tmp_path):
     assert "no table" in printed(synthetic.build(tmp_path / "a", table=False, n=20))
     text = printed(synthetic.build(tmp_path / "b", n=20, skip=("mopd", "eval student")))
@@ -60,7 +109,11 @@ def test_words_for_numbers():
     assert terminal.amount(1_234_567) == "1.23M"
     assert terminal.amount(0) == "0"
     assert terminal.within(0.0, (0.0, 0.008)) == "±0.8"  # the farther side
-    assert terminal.points(-0.12, (-0.15, -0.1)) == "-12.0 ±3.0"
+    assert terminal.points(-0.12, (-0.15, -0.1)) == "−12.0 ±3.0"
+    assert terminal.flops(3.68e12) == "3.7 TFLOP"
+    assert terminal.flops(44e12, 3.6e12) == "44, 4 TFLOP"
+    assert terminal.flops(3.6e12, 0.7e12) == "3.6, 0.7 TFLOP"
+    assert terminal.flops(0.0) == "–"
     assert terminal.duration(3725) == "1 h 02 min"
     assert terminal.duration(62) == "1 min 02 s"
     assert html.points(-0.12) == "−12.0"
@@ -184,7 +237,7 @@ def test_graph_draws_who_trains_from_whom(made):
     assert shown["rl-sort", "mopd", "teacher"] == "teaches sort @200"
     assert shown["sft", "mopd", "start"] == "starts"
     assert shown["tasks", "sft", "data"] == "gold, dev"
-    assert not any(role == "budget" for _, _, role in shown)
+    assert shown["rl-sum", "sft-continued", "budget"] == "budget"
 
 
 def test_graph_layers_run_forward_and_nodes_do_not_overlap(made):

@@ -11,13 +11,14 @@ Leaves out: reading files (read.py), arithmetic of intervals (stats.py), drawing
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any
 
 import numpy as np
 
 from tutelage.report import stats
-from tutelage.report.read import JSON, Edge, Measured, Run, load, read_scores
+from tutelage.report.read import JSON, Edge, Measured, Run, Table, load, read_scores
 from tutelage.report.stats import Figure
 from tutelage.store import Store
 
@@ -32,8 +33,8 @@ def collect(store: Store, run_name: str) -> JSON:
     """Everything a report says of a run, as JSON. Raises `UserError` for an unknown run.
 
     Keys: ``run``, ``recipe``, ``state``, ``arguments``, ``argv``, ``started``, ``finished``, ``seconds``, ``seeds``,
-    ``warnings``, ``stages``, ``scores``, ``recovery``, ``gaps``, ``controls``, ``lost_elsewhere``, ``cost``, ``curves``,
-    ``record``.
+    ``warnings``, ``stages``, ``scores``, ``recovery``, ``gaps``, ``controls``, ``budgets``, ``lost_elsewhere``, ``cost``,
+    ``curves``, ``record``.
     """
     run = load(store, run_name)
     measured = Measures(store, run)
@@ -50,6 +51,7 @@ def collect(store: Store, run_name: str) -> JSON:
         "recovery": recovery(run, measured),
         "gaps": gaps(run, measured),
         "controls": controls(run, measured),
+        "budgets": budgets(run, metas),
         "lost_elsewhere": lost_elsewhere(run, measured),
         "cost": cost(run, metas),
         "curves": curves(store, run),
@@ -127,14 +129,29 @@ def checkpoint(run: Run, row: str) -> JSON:
 
 
 def warnings(run: Run) -> list[str]:
-    """What failed, and what could mislead: a teacher's row that measures another checkpoint than the one that taught."""
+    """What failed, and what could mislead: a table that names a row it does not have, and a teacher's row that measures
+    another checkpoint than the one that taught."""
     first = run.first
     found = [f"stage {name!r} failed: {why}" for name, why in (run.body.get("failed") or {}).items()]
+    found += misnamed(run.table)
     student = first.source(run.table.after)
     for edge in first.edges.get(student.ref, []) if student else []:
         measured = first.source(run.table.teachers.get(edge.detail, "")) if edge.role == "teacher" else None
         if measured and measured.label != edge.label:
             found.append(f"the teacher of {edge.detail!r} was {edge.label}, but the table measures {measured.label}")
+    return found
+
+
+def misnamed(table: Table) -> list[str]:
+    """A line for every row that the table names and does not have, with the nearest it has."""
+    named = [("before", table.before), ("after", table.after), *((f"teacher of {d!r}", r) for d, r in table.teachers.items())]
+    found = []
+    for what, row in [*named, *(("control", r) for r in table.controls)]:
+        if row and row not in table.rows and table.rows:
+            near = difflib.get_close_matches(row, table.rows, n=1, cutoff=0.0)
+            found.append(
+                f"the table names {row!r} as its {what}, but has no such row (nearest: {near[0]!r}); nothing is shown of it"
+            )
     return found
 
 
@@ -328,6 +345,28 @@ def controls(run: Run, measured: Measures) -> JSON:
                 "student_minus": measured.difference(after, row, domain) if after else None,
             }
         found[row] = domains
+    return found
+
+
+def budgets(run: Run, metas: dict[str, JSON]) -> JSON:
+    """control row -> by seed what a stage with a budget of compute spent of it, and the step chosen on development tasks.
+
+    ``budget`` and ``spent`` are FLOPs; ``of`` names the stages whose compute the budget is, ``teachers`` whether those are
+    exactly the table's teachers. Controls without a budget are left out.
+    """
+    found: JSON = {}
+    taught = {s.ref for s in map(run.first.source, run.table.teachers.values()) if s}
+    for row in run.table.controls:
+        for each in run.replicates:
+            source = each.source(row)
+            meta = metas.get(each.keys.get(source.ref, ""), {}) if source else {}
+            facts = meta.get("facts") or {}
+            if source is None or not facts.get("budget"):
+                continue
+            of = [e.ref for e in each.edges.get(source.ref, []) if e.role == "budget"]
+            entry = {"seed": each.seed, "spent": (meta.get("cost") or {}).get("flops", 0.0), "budget": facts["budget"]}
+            entry |= {"selected": facts.get("selected"), "steps": facts.get("steps")}
+            found.setdefault(row, []).append({**entry, "of": of, "teachers": bool(of) and set(of) == taught})
     return found
 
 

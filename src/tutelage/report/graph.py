@@ -2,7 +2,7 @@
 
 Layered drawing after Sugiyama: longest-path layers, dummy nodes on edges that skip layers, barycentre sweeps against
 crossings, and heights by least squares under a minimal distance (pool adjacent violators). Evaluations are not nodes: a
-checkpoint names the rows of the table that measure it. Edges that only bound a stage's compute are not drawn.
+checkpoint names the rows of the table that measure it. Edges that only bound a stage's compute are faint.
 
 Colours are CSS classes (report.css), so that the drawing follows the page's light or dark theme. Leaves out: interaction,
 and graphs of more than `LIMIT` nodes, which the page lists instead.
@@ -21,7 +21,14 @@ from tutelage.report.read import Replicate
 WIDTH, HEIGHT, GAP, SPACE, MARGIN = 140.0, 46.0, 94.0, 16.0, 6.0
 LIMIT = 150
 SWEEPS = 12
-VERBS = {"start": "starts", "teacher": "teaches", "data": "", "scored by": "scores", "reference": "reference of"}
+VERBS = {
+    "start": "starts",
+    "teacher": "teaches",
+    "data": "",
+    "scored by": "scores",
+    "reference": "reference of",
+    "budget": "budget",
+}
 
 
 @dataclass
@@ -80,7 +87,7 @@ def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
     links: dict[tuple[str, str, str], Link] = {}
     for target, edges in replicate.edges.items():
         for edge in edges if target not in hidden else ():
-            if edge.role == "budget" or edge.ref in hidden:
+            if edge.ref in hidden:
                 continue
             step = f" @{edge.step}" if edge.step is not None else ""
             said = (edge.port if edge.role == "data" else edge.detail) + step
@@ -93,7 +100,7 @@ def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
         source = replicate.source(row)
         if source and source.ref not in hidden:
             rows.setdefault(source.ref, []).append(row)
-    makers = {link.source for link in links.values() if link.role != "data"} | set(rows)
+    makers = {link.source for link in links.values() if link.role not in ("data", "budget")} | set(rows)
     nodes: dict[str, Node] = {}
     for name, spec in replicate.record.get("stages", {}).items():
         if name in hidden or (name not in used and name not in rows):
@@ -224,7 +231,9 @@ def svg(replicate: Replicate, status: dict[str, str]) -> str:
         for role in VERBS
     )
     exits = _exits(drawing)
-    links = "".join(_link(drawing, link, exits) for link in sorted(drawing.links, key=lambda e: e.role != "data"))
+    links = "".join(
+        _link(drawing, link, exits) for link in sorted(drawing.links, key=lambda e: e.role not in ("data", "budget"))
+    )
     nodes = "".join(_node(n) for n in drawing.nodes.values() if not n.dummy)
     size = f'style="min-width:{0.85 * width:.0f}px;max-width:{width:.0f}px" viewBox="0 0 {width:.0f} {height:.0f}"'
     label = escape(f"Graph of the recipe: {spoken}")

@@ -22,6 +22,7 @@ from tutelage.report.read import load, transcripts
 from tutelage.store import Store
 
 JSON = dict[str, Any]
+TASKS_ONLY = "The intervals are over tasks only; they do not cover the training seed"
 LONG = 1500
 """Characters shown of a prompt or reply."""
 CURVES = (
@@ -63,7 +64,7 @@ def page(store: Store, run_name: str) -> str:
     )
     env.filters.update(
         percent=terminal.percent,
-        amount=terminal.amount,
+        flops=terminal.flops,
         duration=terminal.duration,
         title=terminal.title,
         points=points,
@@ -76,6 +77,8 @@ def page(store: Store, run_name: str) -> str:
         css=Markup((folder / "report.css").read_text("utf-8")),
         graph=Markup(graph.svg(run.first, status)),
         sentences=sentences(found),
+        tasks_only=TASKS_ONLY,
+        budget_lines=terminal.budget_lines(found),
         domains=terminal.domains_of(found),
         accuracy=[(d, Markup(svg)) for d, svg in accuracy_plots(found)],
         plots=[{**p, "svg": Markup(p["svg"])} for p in curve_plots(found)],

@@ -1,4 +1,4 @@
-"""A run's tables in the terminal, readable at 100 columns: recovery, accuracy by domain, losses elsewhere, cost.
+"""A run's tables in the terminal, readable at 80 columns: recovery, accuracy by domain, losses elsewhere, cost.
 
 Every column and row names its stage and what that stage started from; every seed's figure is printed; wherever a mean
 over domains is shown, the domains stand beside it. Leaves out: curves, transcripts and the graph (html.py).
@@ -20,6 +20,9 @@ from tutelage.store import Store
 JSON = dict[str, Any]
 WIDE = 4
 """Domains side by side; more go into further tables."""
+ROOMY = 100
+"""Columns of a terminal below which parents are left to the captions and no column stands that can be told in another."""
+TASKS_ONLY = "± over tasks only; it does not cover the training seed"
 
 
 def show(store: Store, run_name: str, console: Console) -> None:
@@ -51,7 +54,7 @@ def within(value: float | None, interval: Sequence[float | None] | None) -> str:
 
 
 def points(value: float | None, interval: Sequence[float | None] | None = None) -> str:
-    return "–" if value is None else f"{100 * value:+.1f} {within(value, interval)}".strip()
+    return "–" if value is None else f"{100 * value:+.1f} {within(value, interval)}".strip().replace("-", "−")
 
 
 def ratio(value: float | None, interval: Sequence[float | None] | None = None) -> str:
@@ -69,6 +72,19 @@ def amount(value: float | None) -> str:
         if value and value >= unit:
             return f"{value / unit:.3g}{name}"
     return f"{value:.3g}" if value else "0"
+
+
+FLOPS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+
+
+def flops(*values: float | None) -> str:
+    """``3.7 TFLOP``, as plans print it; several in the unit of the largest: ``3.6, 4.7 TFLOP``."""
+    most = max((v or 0.0 for v in values), default=0.0)
+    if not most:
+        return "–"
+    scale, letter = next((s for s in FLOPS if most >= s[0]), FLOPS[-1])
+    places = 0 if most / scale >= 10 else 1
+    return f"{', '.join(f'{(v or 0.0) / scale:.{places}f}' for v in values)} {letter}FLOP"
 
 
 def duration(seconds: float | None) -> str:
@@ -96,9 +112,16 @@ def origin(entry: JSON) -> str:
     return f"from {entry['parent']}" if entry.get("parent") else ""
 
 
-def chunks(names: Sequence[str]) -> Iterator[list[str]]:
-    for begin in range(0, len(names), WIDE):
-        yield list(names[begin : begin + WIDE])
+def chunks(names: Sequence[str], wide: int = WIDE) -> Iterator[list[str]]:
+    for begin in range(0, len(names), wide):
+        yield list(names[begin : begin + wide])
+
+
+def abreast(names: Sequence[str], console: Console, labels: Sequence[str], cell: int, others: int = 0) -> Iterator[list[str]]:
+    """As many domains side by side, up to `WIDE`, as leave the longest word of ``labels`` whole; ``others``: columns taken."""
+    first = max((len(word) for label in labels for word in label.split()), default=0) + 3
+    each = max([cell, *map(len, names)]) + 3
+    return chunks(names, min(WIDE, max(1, (console.width - first - others) // each)))
 
 
 def domains_of(found: JSON) -> list[str]:
@@ -134,21 +157,24 @@ def head(found: JSON, console: Console) -> None:
 def accuracy(found: JSON, console: Console) -> None:
     """One row a checkpoint, one column a domain."""
     many = "; means over seeds" if len(found["seeds"]) > 1 else ""
-    caption = (
-        f"% right on held-out tasks ± the farther end of the 95 % interval{many}; underlined: the domain it was trained for"
-    )
-    for part in chunks(domains_of(found)):
+    caption = f"% right on held-out tasks ± the farther end of the 95 % interval{many}; {TASKS_ONLY}; underlined: the domain "
+    caption += "it was trained for"
+    roomy, rows = console.width >= ROOMY, found["scores"].values()
+    parents = [len(r["parent"] or "") for r in rows] if roomy else []
+    taken = 10 + max([3, *parents]) + 3 if roomy else 10
+    for part in abreast(domains_of(found), console, ["checkpoint", *map(title, rows)], 9, taken):
         made = table("Accuracy by domain", caption)
         made.add_column("checkpoint", overflow="fold")
-        made.add_column("part", overflow="fold")
-        made.add_column("parent", overflow="fold")
+        made.add_column("part", no_wrap=True)
+        if roomy:
+            made.add_column("parent", overflow="fold")
         for domain in part:
             made.add_column(escape(domain), justify="right", no_wrap=True)
-        for row in found["scores"].values():
+        for row in rows:
             cells = [accuracy_cell(row["domains"].get(d), d in row["domains_taught"]) for d in part]
             style = "bold" if row["role"] == "after" else "italic" if row["role"] == "control" else ""
-            part_of = {"after": "student"}.get(row["role"], row["role"])
-            made.add_row(escape(title(row)), part_of, escape(row["parent"] or ""), *cells, style=style)
+            words = [title(row), {"after": "student"}.get(row["role"], row["role"]), row["parent"] or ""]
+            made.add_row(*map(escape, words if roomy else words[:2]), *cells, style=style)
         console.print(made)
     failed = {r: sum(d["errors"] for d in row["domains"].values()) for r, row in found["scores"].items()}
     if any(failed.values()):
@@ -167,27 +193,58 @@ def recovery(found: JSON, console: Console) -> None:
     rec = found["recovery"]
     if not rec or not rec["domains"]:
         return
-    made = table("Recovery: (after − before) / (teacher − before)")
+    ends = {k: f"{title(rec[k])} {origin(rec[k])}".strip() for k in ("before", "after")}
+    many = "means over seeds; " if len(rec["seeds"]) > 1 else ""
+    caption = f"before: {ends['before']}; after: {ends['after']}; teacher: the domain's own; {many}{TASKS_ONLY}"
+    made = table("Recovery: (after − before) / (teacher − before)", caption)
+    roomy = console.width >= ROOMY
     made.add_column("domain", overflow="fold")
-    made.add_column(escape(f"before:\n{title(rec['before'])}\n{origin(rec['before'])}"), justify="right", overflow="fold")
-    made.add_column("\n\nteacher", justify="right")
-    made.add_column("\n\nthe domain's own", style="dim", overflow="fold")
-    made.add_column(escape(f"after:\n{title(rec['after'])}\n{origin(rec['after'])}"), justify="right", overflow="fold")
-    made.add_column("gap\n(points)", justify="right", no_wrap=True)
-    made.add_column("recovery", justify="right", no_wrap=True)
+    for name in ("before", "teacher"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("", style="dim", overflow="fold")
+    made.add_column("after", justify="right", no_wrap=True)
+    for name in ("gap\n(points)", "recovery"):
+        made.add_column(name, justify="right", no_wrap=True)
     for domain, row in rec["domains"].items():
         teacher = rec["teachers"][domain]
-        shown = ratio(row["recovery"], row["interval"]) if row["recovery"] is not None else f"no gap ({points(row['gain'])})"
         numbers = [percent(row[k]) for k in ("before", "teacher", "after")]
-        who = escape(f"{teacher['stage'] or teacher['row']}\n{origin(teacher)}".strip())
-        made.add_row(escape(domain), *numbers[:2], who, numbers[2], points(row["gap"], row["gap_interval"]), shown)
+        who = escape(f"{teacher['stage'] or teacher['row']}{' ' if roomy else chr(10)}{origin(teacher)}".strip())
+        gap = points(row["gap"], row["gap_interval"])
+        made.add_row(escape(domain), *numbers[:2], who, numbers[2], gap, recovered(row, "" if roomy else "\n"))
     console.print(made)
+    if len(rec["seeds"]) > 1:
+        every_seed(rec, console, roomy)
     for seed in rec["seeds"]:
-        console.print(f"  seed {seed['seed']}: all domains {whole(seed)}")
+        without = [d for d, row in seed["domains"].items() if row["recovery"] is None]
+        none = f"; [yellow]no gap in {escape(', '.join(without))}[/]" if without else ""
+        console.print(f"  seed {seed['seed']}: all domains {whole(seed)}{none}")
     if rec["seeds_missing"]:
         console.print(f"  [yellow]not measured whole yet:[/] seed {', '.join(map(str, rec['seeds_missing']))}")
     if len(rec["seeds"]) > 1:
-        console.print(f"  [bold]mean over seeds: {ratio(rec['mean'], rec['interval'])}[/] [dim](interval: over tasks)[/]")
+        mean = ratio(rec["mean"], rec["interval"])
+        console.print(f"  [bold]mean over seeds: {mean}[/] [dim](interval: over tasks only)[/]")
+
+
+def recovered(row: JSON, between: str = "") -> str:
+    """A domain's ratio, or what was gained where there is none; ``between`` replaces the space before the interval."""
+    if row["recovery"] is None:
+        return f"no gap{between or ' '}({points(row['gain'])})"
+    return ratio(row["recovery"], row["interval"]).replace(" (", f"{between or ' '}(")
+
+
+def every_seed(rec: JSON, console: Console, roomy: bool) -> None:
+    """The accuracies behind the means, domain by domain and seed by seed."""
+    made = table("Every seed", f"% right: before, the domain's own teacher, after; {TASKS_ONLY}: compare the seeds")
+    made.add_column("domain", overflow="fold")
+    for name in ("seed", "before", "teacher", "after", "gap", "recovery"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for domain in rec["domains"]:
+        mine = [(s["seed"], s["domains"][domain]) for s in rec["seeds"] if domain in s["domains"]]
+        for i, (seed, row) in enumerate(mine):
+            numbers = [percent(row[k]) for k in ("before", "teacher", "after")]
+            gap = points(row["gap"], row["gap_interval"] if roomy else None)
+            made.add_row("" if i else escape(domain), str(seed), *numbers, gap, recovered(row))
+    console.print(made)
 
 
 def whole(seed: JSON) -> str:
@@ -200,27 +257,50 @@ def whole(seed: JSON) -> str:
 def comparisons(found: JSON, console: Console) -> None:
     """Teachers and student over the checkpoint before and over each control, domain by domain."""
     domains = list((found["recovery"] or {}).get("domains") or {})
-    for part in chunks(domains) if found["gaps"] else ():
-        made = table(
-            "Points above", "paired differences ± the farther end of the 95 % interval; teachers: each on its own domain"
-        )
+    caption = "paired differences ± the farther end of the 95 % interval; teachers: each on its own domain; " + TASKS_ONLY
+    labels = [f"{gap['of']} − {gap['than']}" for gap in found["gaps"]]
+    for part in abreast(domains, console, labels, 10, 13) if found["gaps"] else ():
+        made = table("Points above", caption)
         made.add_column("who − than what", overflow="fold")
         for domain in part:
             made.add_column(escape(domain), justify="right", no_wrap=True)
         made.add_column("mean", justify="right", no_wrap=True)
-        for gap in found["gaps"]:
+        for label, gap in zip(labels, found["gaps"], strict=True):
             cells = [gap["domains"].get(d) for d in part]
             shown = [points(c["difference"], c["interval"]) if c else "–" for c in cells]
-            whole_gap = points(gap["difference"], gap["interval"])
-            made.add_row(escape(f"{gap['of']} − {gap['than']}"), *shown, whole_gap)
+            made.add_row(escape(label), *shown, points(gap["difference"], gap["interval"]))
         console.print(made)
+    for line in budget_lines(found):
+        console.print(f"  {escape(line)}")
+
+
+def budget_lines(found: JSON) -> list[str]:
+    """For every control with a budget of compute: what it spent of it, and which step was chosen; seed by seed."""
+    lines = []
+    for row, seeds in found["budgets"].items():
+        spent, budget = flops(*(s["spent"] for s in seeds)), flops(*(s["budget"] for s in seeds))
+        same_unit = spent.rpartition(" ")[2] == budget.rpartition(" ")[2]
+        whose = "the specialists'" if seeds[0]["teachers"] else f"of {', '.join(seeds[0]['of'])}" if seeds[0]["of"] else ""
+        notes = [f"seeds {', '.join(str(s['seed']) for s in seeds)}"] if len(seeds) > 1 else []
+        inside = "; ".join([*([whose] if whose else []), *notes])
+        said = f"{row}: spent {spent.rpartition(' ')[0] if same_unit else spent} of its {budget} budget"
+        said += f" ({inside})" if inside else ""
+        chosen = [s["selected"]["step"] for s in seeds if isinstance(s["selected"], dict) and "step" in s["selected"]]
+        if len(chosen) == len(seeds):
+            plural = "s" if len(chosen) > 1 else ""
+            said += f"; chosen on development tasks: step{plural} {', '.join(map(str, chosen))}"
+            if all(s["steps"] is not None for s in seeds):
+                said += f" of {', '.join(str(s['steps']) for s in seeds)}"
+        lines.append(said)
+    return lines
 
 
 def elsewhere(found: JSON, console: Console) -> None:
     lost = found["lost_elsewhere"]
     domains = [d for d in domains_of(found) if any(d in row for row in lost.values())]
-    for part in chunks(domains):
-        made = table("What each specialist lost elsewhere", "points against the checkpoint before, paired, ± as above")
+    for part in abreast(domains, console, ["specialist", *lost], 10):
+        caption = "points against the checkpoint before, paired, ± as above"
+        made = table("What each specialist lost elsewhere", caption)
         made.add_column("specialist", overflow="fold")
         for domain in part:
             made.add_column(escape(domain), justify="right", no_wrap=True)
@@ -234,17 +314,21 @@ def costs(found: JSON, console: Console) -> None:
     cost = found["cost"]
     if not cost["by_stage"]:
         return
-    made = table("Cost", "algorithmic FLOPs and seconds of one replicate (mean over seeds)")
-    for name in ("what", "FLOPs", "time", "tokens"):
-        made.add_column(name, justify="left" if name in ("what", "tokens") else "right", overflow="fold")
+    many = len(found["seeds"]) > 1
+    made = table("Cost", f"algorithmic FLOPs and seconds of one replicate{' (mean over seeds)' if many else ''}")
+    made.add_column("what", overflow="fold")
+    for name in ("compute", "time"):
+        made.add_column(name, justify="right", no_wrap=True)
+    made.add_column("tokens", overflow="fold")
     trained = {n: c for n, c in cost["by_stage"].items() if not c["evaluation"] and c["flops"]}
     for name, entry in trained.items():
-        made.add_row(escape(name), amount(entry["flops"]), duration(entry["seconds"]), tokens(entry))
+        made.add_row(escape(name), flops(entry["flops"]), duration(entry["seconds"]), tokens(entry))
     for name, entry in cost["ledgers"].items():
         label = {"consolidation": "ledger: consolidation alone", "with_teachers": "ledger: with the teachers"}[name]
-        made.add_row(f"[bold]{label}[/]", amount(entry["flops"]), duration(entry["seconds"]), tokens(entry))
-    whole_run = cost["run"]
-    made.add_row("[bold]the whole run[/], all seeds", amount(whole_run["flops"]), duration(whole_run["seconds"]), "")
+        made.add_row(f"[bold]{label}[/]", flops(entry["flops"]), duration(entry["seconds"]), tokens(entry))
+    over = "all seeds" if many else "all stages"
+    label = f"[bold]the whole run[/]: compute and stage time, summed over {over}"
+    made.add_row(label, flops(cost["run"]["flops"]), duration(cost["run"]["seconds"]), "")
     console.print(made)
 
 
