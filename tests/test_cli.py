@@ -13,7 +13,7 @@ import pytest
 from tests import toy
 from tutelage import catalog, cli
 from tutelage.catalog import choose, parse_seeds, recipes
-from tutelage.graph import key, record
+from tutelage.graph import all_goals, inputs, key, order, record
 from tutelage.spec import SpecError, UserError
 from tutelage.store import Store
 
@@ -79,6 +79,9 @@ MISTAKES = [
     (("lineage", "x"), "there is no store in store"),
     (("run", "small.json", "--store", "."), "neither empty nor a store"),
     (("run", "small.json", "--cores", "0"), "--cores"),
+    (("plan", "small.json", "--store", "."), "neither empty nor a store"),
+    (("plan", "small.json", "--store", "small.json"), "small.json is not a folder; give --store another folder"),
+    (("plan", "small.json", "--set", "base.name=x"), "a stage's name cannot be set; it is its key in stages"),
     (("plan",), "RECIPE"),
 ]
 
@@ -117,6 +120,112 @@ def test_bad_json_is_a_mistake_too(place, text):
     (place / "bad.json").write_text(text)
     with pytest.raises(UserError, match=BAD[text]):
         choose(str(place / "bad.json"))
+
+
+def test_a_recipe_without_goals_is_refused(place):
+    (place / "none.json").write_text(json.dumps({**record(toy.small()), "goals": [], "table": None}))
+    with pytest.raises(SpecError, match="recipe 'small' has no goals"):
+        choose(str(place / "none.json"))
+
+
+BROKEN = {
+    "def broken(:": "error: r/broken.py, line 1: invalid syntax",
+    "def broken():\n    raise RuntimeError('boom')": "raised RuntimeError: boom (broken.py, line 2, in broken)",
+    "import nosuchmodule\ndef broken(): ...": "raised ModuleNotFoundError: No module named 'nosuchmodule' (broken.py, line 1,",
+    "x = 1 / 0\ndef broken(): ...": "recipe r/broken.py raised ZeroDivisionError: division by zero (broken.py, line 1,",
+    "import sys\nsys.exit(0)\ndef broken(): ...": "raised SystemExit: 0",
+    "def broken(a: 'Nope' = 1): ...": "recipe 'broken' has an annotation that means nothing: name 'Nope' is not defined",
+    "def broken(): ...": "recipe 'broken' returned NoneType, not Goals",
+    "x = '\xff'\ndef broken(): ...": "error: r/broken.py",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_broken_recipe_file_is_a_mistake(place, text, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (place / "r").mkdir()
+    (place / "r" / "broken.py").write_text(text, "latin-1")
+    monkeypatch.setattr(sys, "argv", ["tutelage", "plan", "r/broken.py"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert BROKEN[text] in err
+    sys.modules.pop("broken", None)
+
+
+def say(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["tutelage", *words])
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return stopped.value.code, *capsys.readouterr()
+
+
+def stored(place: Path, *goals: toy.Goals) -> Store:
+    """A store in which goals have been run, without workers."""
+    store = Store(place / "store")
+    metas: dict[str, dict] = {}
+    for one in goals:
+        keys = {}
+        for stage in order(at.of for at in all_goals(one)):
+            mine = keys[stage.name] = key(stage)
+            ins = [{"path": p, "key": key(a.of), "port": a.port, "step": a.step, "name": a.of.name} for p, a in inputs(stage)]
+            metas[mine] = {
+                "name": stage.name, "kind": stage.kind(), "version": 1, "inputs": ins, "outputs": stage.outputs, "host": "h",
+                "finished": 1.0 + len(metas), "seconds": 1.0, "cost": {"flops": 0.0}, "record": {},
+            }  # fmt: skip
+            if not store.has(mine):
+                store.work(mine)
+                store.publish(mine, metas[mine])
+        store.new_run(one.recipe, {"goals": [{"record": record(one), "seed": one.seed, "keys": keys}]})
+    return store
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_table(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    stored(place, toy.small())
+    for out, why in (("store", "it is a folder"), ("small.json/x.html", "small.json is not a folder"), ("", "it is a folder")):
+        code, printed, err = say(monkeypatch, capsys, "report", "--out", out)
+        assert (code, printed) == (2, "")
+        assert why in err
+        assert err.startswith("error: cannot write the report to ")
+        assert err.endswith("; give --out FILE.html\n")
+
+
+def test_a_damaged_run_file_is_named(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    store = stored(place, toy.small())
+    for text in ("{}", '{"goals": [1]}', "[]", "{"):
+        (store.root / "runs" / "small-1.json").write_text(text)
+        for words in (("report",), ("lineage", "left@0")):
+            code, printed, err = say(monkeypatch, capsys, *words)
+            assert (code, printed) == (2, "")
+            assert "runs/small-1.json" in err
+
+
+def test_lineage_says_which_seed_and_shows_a_thing_before_it_says_shown_above(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    stored(place, *map(toy.small, (0, 1, 2)))
+    code, out, err = say(monkeypatch, capsys, "lineage", "left")
+    assert code == 0, err
+    assert "left@2 (newest of 3 seeds: left@0, left@1, left@2)" in out
+    assert "newest of" not in say(monkeypatch, capsys, "lineage", "left@1")[1]
+
+    shared = toy.Chain(name="shared")
+    deep = toy.Chain(name="deep", before=shared.out())
+
+    class Two(toy.Chain):
+        other: toy.At
+
+    join = Two(name="join", before=deep.out(), other=shared.out())
+    stored(place, toy.Goals(recipe="r", stages=(join.out(),)))
+    lines = say(monkeypatch, capsys, "lineage", "join")[1].splitlines()
+    where = [n for n, line in enumerate(lines) if "shared" in line]
+    assert ["(shown above)" in lines[n] for n in where] == [False, True]
 
 
 # --- plan ----------------------------------------------------------------------------------------------------------------
@@ -274,7 +383,9 @@ def test_an_argument_goes_before_an_edit_whatever_their_order(place):
 def test_seeds():
     assert parse_seeds("3") == [0, 1, 2]
     assert parse_seeds("5,7") == [5, 7]
-    assert parse_seeds("5,") == [5]
-    for bad in ("", "x", "0", "1,1", "-3", "1,-2", ","):
-        with pytest.raises(UserError, match="neither a count"):
+    for bad in ("", "x", "0", "1,1", "-3", "1,-2", ",", "5,", "0,,1"):
+        with pytest.raises(UserError, match=r"neither a count.*such as --seed 0"):
             parse_seeds(bad)
+    for many in ("100000000", ",".join(map(str, range(1001)))):
+        with pytest.raises(UserError, match="more than 1000 seeds"):
+            parse_seeds(many)

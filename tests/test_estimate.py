@@ -103,6 +103,15 @@ def test_reasons_name_what_differs_from_the_stage_that_is_stored(tmp_path):
     assert reasons(planned(toy.small()), Store(tmp_path / "none"))[key(toy.stages(toy.small())["data"])] == "new"
 
 
+def test_each_seed_is_compared_with_its_own_record(tmp_path):
+    store = Store(tmp_path / "s")
+    run(plan([toy.small(1)], store.has), store)
+    made = plan([toy.small(5), toy.small(6)], store.has)
+    why = {made.nodes[k].label: text for k, text in reasons(made, store).items()}
+    assert why["more@5"] == "seed 101 → 105"
+    assert why["more@6"] == "seed 101 → 106"
+
+
 def test_a_version_bump_is_a_reason(tmp_path, monkeypatch):
     store = Store(tmp_path / "s")
     run(plan([toy.small()], store.has), store)

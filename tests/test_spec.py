@@ -60,6 +60,36 @@ def test_a_word_where_a_spec_belongs_is_an_unknown_kind():
         from_record(rec)
 
 
+@pytest.mark.parametrize("kind", ["Loss", "losses.base.Loss", "Credit", "Verifier", "Marked", "Env", "Domain", "graph.Stage"])
+def test_a_base_is_no_kind(kind):
+    with pytest.raises(SpecError, match="is abstract"):
+        resolve_kind(kind)
+    assert kind.rpartition(".")[2] not in spec.usable()
+
+
+def test_what_does_not_fit_a_field_is_said_with_what_would():
+    from tutelage.stages.fit import Fit
+    from tutelage.stages.model import NewModel
+
+    model = NewModel(name="m", alphabet="ab").out()
+    for wrong, says in (
+        ("AdamW", r"sft.loss: unknown kind 'AdamW'; valid: DAPO, "),
+        (toy.Rate(), "sft.loss: Rate is no Loss; valid: "),
+    ):
+        with pytest.raises(SpecError, match=says) as raised:
+            build(Fit, {"name": "f", "model": model, "data": model, "loss": wrong}, "sft")
+        assert "Muon" not in str(raised.value)
+    with pytest.raises(SpecError, match=r'sft.data: an edge is written \{"ref": "rl-sum"\}'):
+        build(Fit, {"name": "f", "model": model, "data": "rl-sum"}, "sft")
+
+
+def test_many_valid_words_are_cut_short_nearest_first():
+    text = spec.suggest("word7", [f"word{n}" for n in range(30)])
+    assert text.startswith("; did you mean 'word7'? valid: word7, ")
+    assert text.endswith(" … and 18 more")
+    assert text.count("word") == 13
+
+
 def test_kinds_are_found_without_importing_and_resolve():
     found = spec.kinds()
     assert found["GRPO"] == "losses.policy.GRPO"
@@ -251,6 +281,8 @@ def test_override_takes_the_short_name_of_a_kind():
     rec = {"recipe": "r", "goals": [], "stages": {"a": {"kind": "x", "loss": {"kind": "losses.policy.DAPO"}}}}
     override(rec, "a.loss", "GRPO")
     assert rec["stages"]["a"]["loss"] == {"kind": "losses.policy.GRPO"}
+    override(rec, "a.loss.kind", "DAPO")
+    assert rec["stages"]["a"]["loss"] == {"kind": "losses.policy.DAPO"}
 
 
 def test_override_of_a_stage_whose_name_holds_dots():
@@ -264,7 +296,8 @@ def test_override_of_a_stage_whose_name_holds_dots():
     [
         ("bse.steps", r"unknown stage 'bse'.*did you mean 'base'"),
         ("base.stps", r"unknown field 'stps'.*did you mean 'steps'"),
-        ("base.rates.1.value", r"unknown field '1'"),
+        ("base.rates.1.value", r"unknown field '1'.*rates has 1 item \(0\)"),
+        ("base.name", r"a stage's name cannot be set; it is its key in stages"),
         ("base.rates.value", r"unknown field 'value'"),
         ("base.steps.deep", r"unknown field 'deep'"),
         ("base", r"name a field of the stage"),

@@ -50,6 +50,36 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("text", ["[]", "1", "null", '"x"', "{"])
+def test_a_format_that_is_no_object_is_refused(store, text):
+    (store.root / "format").write_text(text)
+    with pytest.raises(UserError, match="format"):
+        Store(store.root)
+
+
+def test_a_store_whose_making_was_cut_short_is_made(tmp_path):
+    for part in ("artifacts", "work"):
+        (tmp_path / part).mkdir()
+    (tmp_path / ".format.12").write_text("")
+    Store(tmp_path, create=False)
+    assert Store(tmp_path).keys() == []
+    assert (tmp_path / "format").exists()
+
+
+def test_a_folder_with_a_room_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    for create in (True, False):
+        with pytest.raises(UserError, match="neither empty nor a store"):
+            Store(tmp_path, create=create)
+
+
+def test_runs_that_cannot_be_written_are_named(store):
+    (store.root / "runs").rmdir()
+    (store.root / "runs").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*runs"):
+        store.new_run("r", {})
+
+
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="cannot make a store in"):

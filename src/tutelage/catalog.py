@@ -16,16 +16,17 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from tutelage.graph import Goals, from_record, record
+from tutelage.graph import Goals, all_goals, from_record, record
 from tutelage.spec import Spec, SpecError, UserError, explain, override, parse_set, resolve_kind, suggest
 
 
@@ -55,15 +56,29 @@ def recipes() -> dict[str, Recipe]:
             found[file.stem] = Recipe(file.stem, text, f"tutelage.recipes.{file.stem}:{file.stem}")
     for point in entry_points(group="tutelage.recipes"):
         module, _, function = point.value.partition(":")
-        spec = importlib.util.find_spec(module)
-        text = _describe(Path(spec.origin), function) if spec and spec.origin else None
+        text = None
+        with suppress(UserError, ImportError, ValueError):  # another package's broken recipe is told when it is chosen
+            spec = importlib.util.find_spec(module)
+            text = _describe(Path(spec.origin), function) if spec and spec.origin else None
         found[point.name] = Recipe(point.name, text or "", point.value)
     return found
 
 
 def _describe(file: Path, function: str) -> str | None:
-    """The first docstring line of a function in a file, without importing it; None where there is no such function."""
-    for node in ast.parse(file.read_text("utf-8")).body:
+    """The first docstring line of a function in a file, without importing it; None where there is no such function.
+
+    Raises `UserError` for a file that is not Python.
+    """
+    try:
+        body = ast.parse(file.read_bytes()).body  # bytes, so that a declared encoding counts
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{file}{line}: {error.msg}") from None
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"{file} cannot be parsed: {error}") from None
+    for node in body:
         if isinstance(node, ast.FunctionDef) and node.name == function:
             return (ast.get_docstring(node) or "").partition("\n")[0]
     return None
@@ -75,18 +90,22 @@ def choose(text: str, sets: Sequence[str] = (), seeds: Sequence[int] | None = No
     if path.suffix == ".json":
         name, goals, arguments = _from_json(path, sets, seeds)
     else:
-        name, goals, arguments = _from_function(_from_file(path) if path.suffix == ".py" else text, sets, seeds or [0])
+        name, goals, arguments = _from_function(text, sets, seeds or [0])
+    for one in goals:
+        if not all_goals(one):
+            raise SpecError(f"recipe {one.recipe!r} has no goals; its goals, or its table, name the stages to make")
     given = {**arguments, "seeds": [g.seed for g in goals], "set": list(sets)}
     return Chosen(name, goals, given)
 
 
-def _from_function(found: str | tuple[str, Callable[..., Goals]], sets: Sequence[str], seeds: Sequence[int]) -> Any:
-    name, function = _function(found) if isinstance(found, str) else found
+def _from_function(text: str, sets: Sequence[str], seeds: Sequence[int]) -> Any:
+    name, function = _from_file(Path(text)) if Path(text).suffix == ".py" else _function(text)
     arguments, edits = _split(name, function, sets)
     made = []
     for seed in seeds:
         try:
-            goals = function(**arguments, **({"seed": seed} if "seed" in inspect.signature(function).parameters else {}))
+            with _blamed(text):
+                goals = function(**arguments, **({"seed": seed} if "seed" in inspect.signature(function).parameters else {}))
         except ValidationError as error:
             raise SpecError(_plain(error)) from None
         if not isinstance(goals, Goals):
@@ -134,8 +153,13 @@ def _function(name: str) -> tuple[str, Callable[..., Goals]]:
     found = recipes()
     if name not in found:
         raise UserError(f"unknown recipe {name!r}{suggest(name, found)}; a path to a .py or .json file is taken too")
-    module, _, function = found[name].where.partition(":")
-    return name, getattr(importlib.import_module(module), function)
+    where = found[name].where
+    module, _, function = where.partition(":")
+    with _blamed(name):
+        made = importlib.import_module(module)
+    if not callable(getattr(made, function, None)):
+        raise UserError(f"recipe {name!r} is said to be {where}, where there is no such function")
+    return name, getattr(made, function)
 
 
 def _from_file(path: Path) -> tuple[str, Callable[..., Goals]]:
@@ -145,15 +169,37 @@ def _from_file(path: Path) -> tuple[str, Callable[..., Goals]]:
     if _describe(path, path.stem) is None:
         raise UserError(f"{path} has no function {path.stem!r}; a recipe is a function named like its file")
     sys.path.insert(0, str(path.resolve().parent))
-    module = importlib.import_module(path.stem)
+    with _blamed(str(path)):
+        module = importlib.import_module(path.stem)
     if Path(module.__file__ or "").resolve() != path.resolve():
         raise UserError(f"{path} has the name of another module, {module.__file__}; give it another name")
     return path.stem, getattr(module, path.stem)
 
 
+@contextmanager
+def _blamed(which: str) -> Iterator[None]:
+    """Whatever a recipe's own code raises becomes a `UserError` with the place; ours and pydantic's pass."""
+    try:
+        yield
+    except (UserError, ValidationError):
+        raise
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise UserError(f"{error.filename or which}{line}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+        mine = [f for f in frames if Path(f.filename).name == Path(which).name] or frames
+        at = f" ({Path(mine[-1].filename).name}, line {mine[-1].lineno}, in {mine[-1].name})" if mine else ""
+        says = f": {error}" if str(error) else ""
+        raise UserError(f"recipe {which} raised {type(error).__name__}{says}{at}") from error
+
+
 def _split(name: str, function: Callable[..., Goals], sets: Sequence[str]) -> tuple[dict[str, Any], list[tuple[str, Any]]]:
     """``--set`` without a dot is an argument of the recipe; the rest edits stages."""
-    hints = get_type_hints(function)
+    try:
+        hints = get_type_hints(function)
+    except Exception as error:
+        raise UserError(f"recipe {name!r} has an annotation that means nothing: {error}") from error
     known = {n: p for n, p in inspect.signature(function).parameters.items() if n != "seed"}
     arguments: dict[str, Any] = {}
     edits = []
@@ -177,7 +223,10 @@ def _split(name: str, function: Callable[..., Goals], sets: Sequence[str]) -> tu
 
 def _typed(recipe: str, name: str, hint: Any, text: str) -> Any:
     """An argument by its annotation: as JSON where it fits, else as text."""
-    adapter = TypeAdapter(hint)
+    try:
+        adapter = TypeAdapter(hint)
+    except PydanticUserError:
+        raise UserError(f"argument {name!r} of recipe {recipe!r} is a {hint}, which --set cannot make") from None
     try:
         return adapter.validate_json(text, strict=True)
     except ValidationError as error:
@@ -197,14 +246,22 @@ def _plain(error: ValidationError) -> str:
     return explain(error, cls, error.title)
 
 
+MOST_SEEDS = 1000
+
+
 def parse_seeds(text: str) -> list[int]:
     """``3`` -> 0, 1, 2; ``0,7`` -> 0 and 7. Raises `UserError`."""
     try:
-        seeds = [int(p) for p in text.split(",") if p.strip()]
+        seeds = [int(p) for p in text.split(",")]
     except ValueError:
         seeds = []
-    if "," not in text and seeds:
+    if len(seeds) > MOST_SEEDS or (len(seeds) == 1 and seeds[0] > MOST_SEEDS):
+        raise UserError(f"--seeds {text[:20]!r} asks for more than {MOST_SEEDS} seeds; for the one seed N give --seed N")
+    if len(seeds) == 1:
         seeds = list(range(seeds[0]))
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise UserError(f"--seeds {text!r} is neither a count, such as 3, nor a list of different seeds, such as 0,1,2")
+        raise UserError(
+            f"--seeds {text!r} is neither a count, such as 3, nor a list of different seeds, such as 0,1,2; "
+            "for one seed give --seed, such as --seed 0"
+        )
     return seeds

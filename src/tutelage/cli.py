@@ -134,8 +134,11 @@ def _show(home: Store, name: str, table: bool, out: Console, to: Path | None = N
     if table:
         terminal.show(home, name, out)
     path = to or home.root / "reports" / f"{name}.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    html.write(home, name, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        html.write(home, name, path)
+    except OSError as error:
+        raise UserError(f"cannot write the report to {path}: {error.strerror}; give --out FILE.html") from None
     out.print(f"report: {_near(path)}", highlight=False, soft_wrap=True)
 
 
@@ -286,12 +289,44 @@ def report(
 ) -> None:
     """Print a run's table and write its report as one self-contained HTML page."""
     home = _open(store)
-    body = home.load_run(run)
+    body = _load_run(home, run)
+    if out and not as_json:
+        _check_out(out)
     if as_json:
         from tutelage.report import data
 
         return _print_json(data.collect(home, body["run"]))
-    _show(home, body["run"], bool(body["goals"][0]["record"]["table"]), _console(), out)
+    _show(home, body["run"], bool(body["goals"][0]["record"].get("table")), _console(), out)
+
+
+def _check_out(path: Path) -> None:
+    """Raises `UserError` where no file can be written, before anything is printed."""
+    why = ""
+    try:
+        if path.is_dir():
+            why = "it is a folder"
+        else:
+            above = next(p for p in path.absolute().parents if p.exists())
+            if not above.is_dir():
+                why = f"{above} is not a folder"
+            elif not os.access(path if path.exists() else above, os.W_OK):
+                why = "no permission"
+    except OSError as error:
+        why = error.strerror or str(error)
+    if why:
+        raise UserError(f"cannot write the report to {path}: {why}; give --out FILE.html")
+
+
+def _load_run(home: Store, name: str) -> dict[str, Any]:
+    """A run whose file holds what a run's does. Raises `UserError`."""
+    body = home.load_run(name)
+    goals = body.get("goals")
+    listed = goals if isinstance(goals, list) else []
+    whole = (isinstance(g, dict) and isinstance(g.get("record"), dict) and isinstance(g.get("keys"), dict) for g in listed)
+    if not listed or not all(whole):
+        file = home.root / "runs" / f"{body['run']}.json"
+        raise UserError(f"{file} is not a run: it has no goals with record and keys; remove the file")
+    return body
 
 
 @app.command()
@@ -307,6 +342,8 @@ def lineage(
     if as_json:
         return _print_json({"key": key, "port": port, "stages": metas})
     out = _console()
+    if several := _newest_of(home, artifact.partition(":")[0], key):
+        out.print(several, highlight=False, soft_wrap=True)
     out.print(_tree(key, port, {m["key"]: m for m in metas}), highlight=False)
     total = sum(m["cost"]["flops"] for m in metas), sum(m["seconds"] for m in metas)
     from tutelage.estimate import count, human_time, si
@@ -332,8 +369,29 @@ def _find(home: Store, text: str) -> tuple[str, str]:
 
 def _of_seed(home: Store, name: str, seed: str) -> list[str]:
     """Keys of a stage in runs with a seed, newest run first."""
-    runs = [home.load_run(r) for r in reversed(home.runs())]
-    return [g["keys"][name] for r in runs for g in r["goals"] if str(g["seed"]) == seed and name in g["keys"]]
+    return [k for s, k in _seeds_of(home, name) if s == seed]
+
+
+def _seeds_of(home: Store, name: str) -> list[tuple[str, str]]:
+    """(seed, key) of every run's stage of that name, newest run first."""
+    runs = [_load_run(home, r) for r in reversed(home.runs())]
+    return [(str(g.get("seed", 0)), g["keys"][name]) for r in runs for g in r["goals"] if name in g["keys"]]
+
+
+def _newest_of(home: Store, name: str, key: str) -> str:
+    """Which seed a bare name was taken to mean, where the store has several of it; else nothing."""
+    if home.meta(key)["name"] != name:
+        return ""
+    newest: dict[str, str] = {}
+    mine = ""
+    for seed, each in _seeds_of(home, name):
+        if home.has(each):
+            newest.setdefault(seed, each)
+            mine = mine or (seed if each == key else "")
+    if len(set(newest.values())) < 2 or not mine:
+        return ""
+    all_seeds = ", ".join(f"{name}@{s}" for s in sorted(newest, key=lambda s: (len(s), s)))
+    return f"{name}@{mine} (newest of {len(newest)} seeds: {all_seeds})"
 
 
 def _tree(key: str, port: str, metas: dict[str, dict[str, Any]]) -> Any:
@@ -350,16 +408,16 @@ def _tree(key: str, port: str, metas: dict[str, dict[str, Any]]) -> Any:
 
     root = Tree(label(metas[key], port), guide_style="dim")
     shown = {key}
-    stack = [(root, key)]
-    while stack:
-        branch, each = stack.pop()
-        for one in metas[each]["inputs"]:
-            through = _edge("", one["port"], one["step"])[1:]
-            if one["key"] in shown:
-                branch.add(Text.assemble((one["name"], "bold"), f":{through}", ("  (shown above)", "dim")))
-                continue
-            shown.add(one["key"])
-            stack.append((branch.add(label(metas[one["key"]], through)), one["key"]))
+    stack = [(root, one) for one in reversed(metas[key]["inputs"])]
+    while stack:  # in the order of the lines
+        branch, one = stack.pop()
+        through = _edge("", one["port"], one["step"])[1:]
+        if one["key"] in shown:
+            branch.add(Text.assemble((one["name"], "bold"), f":{through}", ("  (shown above)", "dim")))
+            continue
+        shown.add(one["key"])
+        below = branch.add(label(metas[one["key"]], through))
+        stack.extend((below, each) for each in reversed(metas[one["key"]]["inputs"]))
     return root
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
-from tutelage.graph import Node, Plan, record
+from tutelage.graph import Node, Plan, all_goals, key, order, record
 from tutelage.spec import flags
 from tutelage.store import Store
 
@@ -123,7 +123,10 @@ def reasons(plan: Plan, store: Store) -> dict[str, str]:
     stored: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for meta in store.metas():
         stored.setdefault((meta["name"], meta["kind"]), []).append(meta)
-    records = {s: r for one in plan.goals for s, r in record(one)["stages"].items()} if plan.todo else {}
+    records: dict[str, dict[str, Any]] = {}
+    for one in plan.goals if plan.todo else ():
+        stages = record(one)["stages"]
+        records.update({key(s): stages[s.name] for s in order(at.of for at in all_goals(one))})
     why = {}
     for node in plan.nodes.values():
         why[node.key] = node.why
@@ -132,7 +135,7 @@ def reasons(plan: Plan, store: Store) -> dict[str, str]:
         if step is not None:
             why[node.key] = f"goes on from step {step}"
         elif node.status == "run" and node.why == "not in the store":
-            made = [_changes(node, records[node.stage.name], meta) for meta in near or ()]
+            made = [_changes(node, records[node.key], meta) for meta in near or ()]
             why[node.key] = min(made, key=len) if made else "new"
     return why
 

@@ -343,7 +343,8 @@ class Scheduler:
             self.watcher.say("stopping: each running stage writes a checkpoint at its next step (once more to stop at once)")
         if self.asked >= 2:
             for hand in self.busy:
-                os.killpg(hand.process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError, PermissionError):  # it has ended by itself
+                    os.killpg(hand.process.pid, signal.SIGKILL)
 
 
 def _homes(plan: Plan) -> dict[str, int]:

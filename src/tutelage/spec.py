@@ -27,6 +27,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 PACKAGE = __name__.rpartition(".")[0]
 ROOMS = ("text", "losses", "credit", "verify", "tasks", "envs", "model", "learn", "rollout", "stages")
+ABSTRACT = "Base of "
+"""How the docstring of a class begins that is there to be made from and cannot stand in a record itself."""
 
 
 class UserError(Exception):
@@ -75,25 +77,38 @@ def flags(cls: type[Spec], name: str) -> dict[str, Any]:
     return extra if isinstance(extra, dict) else {}
 
 
+SHOWN = 12
+"""How many valid words a message lists."""
+
+
 def suggest(word: object, valid: Iterable[str]) -> str:
-    """``; did you mean X? Valid: ...`` for an unknown word."""
+    """``; did you mean X? valid: ...`` for an unknown word; of many valid ones the nearest."""
     names = sorted(valid)
     near = difflib.get_close_matches(str(word), names, 1, 0.55)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"{hint} valid: {', '.join(names) or 'none'}"
+    more = len(names) - SHOWN
+    if more > 0:
+        match = difflib.SequenceMatcher(b=str(word).lower())
+        alike = {}
+        for name in names:
+            match.set_seq1(name.lower())
+            alike[name] = match.ratio()
+        names = sorted(names, key=lambda n: (n not in near, -alike[n], n))[:SHOWN]
+    return f"{hint} valid: {', '.join(names) or 'none'}" + (f" … and {more} more" if more > 0 else "")
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------------
 
 
 @cache
-def kinds() -> dict[str, str]:
-    """Short class name -> kind, for every spec class of this package and of ``tutelage.specs`` entry points.
+def _source() -> tuple[dict[str, str], dict[str, set[str]], set[str]]:
+    """Short class name -> kind and its parents' names, and which names are abstract: every spec class of this package.
 
     Reads source instead of importing it, so that planning stays fast.
     """
     bases: dict[str, set[str]] = {}
     found: dict[str, str] = {}
+    abstract: set[str] = set()
     root = Path(__file__).parent
     for room in ROOMS:
         for file in sorted((root / room).glob("*.py")):
@@ -102,15 +117,40 @@ def kinds() -> dict[str, str]:
                 if parents and isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                     bases[node.name] = parents
                     found[node.name] = f"{room}.{file.stem}.{node.name}"
+                    if (ast.get_docstring(node) or "").startswith(ABSTRACT):
+                        abstract.add(node.name)
     specs = {"Spec", "Stage"}
     while more := {name for name, parents in bases.items() if name not in specs and parents & specs}:
         specs |= more
-    found = {name: kind for name, kind in found.items() if name in specs}
+    return {name: kind for name, kind in found.items() if name in specs}, bases, abstract
+
+
+@cache
+def kinds() -> dict[str, str]:
+    """Short class name -> kind, for every spec class of this package and of ``tutelage.specs`` entry points."""
+    found = dict(_source()[0])
     from importlib.metadata import entry_points
 
     for point in entry_points(group="tutelage.specs"):
         found[point.name] = point.value.replace(":", ".")
     return found
+
+
+def usable(base: str = "") -> list[str]:
+    """Short names of the kinds that may stand in a record; with ``base``, those made from that class where any are known."""
+    _, parents, abstract = _source()
+    names = [name for name in kinds() if name not in abstract]
+    fits = {base}
+    while more := {name for name, above in parents.items() if name not in fits and above & fits}:
+        fits |= more
+    return [name for name in names if name in fits] or names
+
+
+def _is_abstract(cls: type[Spec]) -> bool:
+    """Bases of this package say so in their docstring; of the graph's classes only the table is written with a kind."""
+    if cls.__module__ == f"{PACKAGE}.graph":
+        return cls.__name__ != "Table"
+    return cls.__module__.startswith(f"{PACKAGE}.") and (cls.__dict__.get("__doc__") or "").startswith(ABSTRACT)
 
 
 def resolve_kind(kind: str) -> type[Spec]:
@@ -129,8 +169,10 @@ def resolve_kind(kind: str) -> type[Spec]:
             continue
         cls = getattr(importlib.import_module(full), name, None)
         if isinstance(cls, type) and issubclass(cls, Spec):
+            if _is_abstract(cls):
+                raise SpecError(f"{cls.kind()} is abstract and does nothing itself{suggest(name, usable(name))}")
             return cls
-    raise SpecError(f"unknown kind {kind!r}{suggest(kind.rpartition('.')[2], kinds())}")
+    raise SpecError(f"unknown kind {kind!r}{suggest(kind.rpartition('.')[2], usable())}")
 
 
 # --- records ---------------------------------------------------------------------------------------------------------
@@ -182,12 +224,26 @@ def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> st
             lines.append(f"unknown field {path!r}{suggest(last, cls.model_fields)}")
         elif item["type"] == "missing":
             lines.append(f"missing field {path!r}")
-        elif item["type"] == "model_type" and isinstance(item["input"], str):
-            lines.append(f"{path}: unknown kind {item['input']!r}{suggest(item['input'], kinds())}")
+        elif item["type"] == "model_type" and isinstance(item["input"], (str, Spec)):
+            lines.append(f"{path}: {_misfit(item['input'], item.get('ctx', {}).get('class_name', ''))}")
         else:
             got = item["input"] if isinstance(item["input"], (str, int, float, bool, type(None))) else "..."
             lines.append(f"{path or cls.__name__}: {item['msg']} (got {got!r})")
     return "\n".join(lines)
+
+
+def _misfit(given: str | Spec, wanted: str) -> str:
+    """Why a word or a spec cannot stand where a class is wanted."""
+    if isinstance(given, Spec):
+        name = type(given).__name__
+        return (
+            f"{name} is no {wanted}{suggest(name, usable(wanted))}"
+            if wanted != "At"
+            else f'{name} is no edge, such as {{"ref": "sft"}}'
+        )
+    if wanted == "At":
+        return f"an edge is written {json.dumps({'ref': given}, ensure_ascii=False)} (got {given!r})"
+    return f"unknown kind {given!r}{suggest(given, usable(wanted))}"
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------
@@ -311,23 +367,28 @@ def override(record: dict[str, Any], path: str, value: Any) -> None:
         raise SpecError(f"unknown stage {name!r} in --set {path}{suggest(name, stages)}")
     if not rest:
         raise SpecError(f"--set {path}: name a field of the stage{suggest('', stages[name])}")
-    spot = stages[name]
+    if rest == ["name"]:
+        raise SpecError(f"--set {path}: a stage's name cannot be set; it is its key in stages")
+    spot, at = stages[name], name
     for part in rest[:-1]:
-        spot = _enter(spot, part, path)
-    _enter(spot, rest[-1], path)
+        spot, at = _enter(spot, part, path, at), part
+    _enter(spot, rest[-1], path, at)
     if isinstance(value, str) and value in kinds() and isinstance(spot, dict):
-        value = {"kind": kinds()[value]}
+        value = kinds()[value] if rest[-1] == "kind" else {"kind": kinds()[value]}
     if isinstance(spot, list):
         spot[int(rest[-1])] = value
     else:
         spot[rest[-1]] = value
 
 
-def _enter(spot: Any, part: str, path: str) -> Any:
+def _enter(spot: Any, part: str, path: str, at: str) -> Any:
     if isinstance(spot, list) and part.isdigit() and int(part) < len(spot):
         return spot[int(part)]
     if isinstance(spot, dict) and part in spot:
         return spot[part]
+    if isinstance(spot, list):
+        which = {0: "no items", 1: "1 item (0)"}.get(len(spot), f"{len(spot)} items (0 to {len(spot) - 1})")
+        raise SpecError(f"unknown field {part!r} in --set {path}; {at} has {which}")
     valid = [k for k in spot if k != "kind"] if isinstance(spot, dict) else []
     raise SpecError(f"unknown field {part!r} in --set {path}{suggest(part, valid)}")
 

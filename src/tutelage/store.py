@@ -29,6 +29,7 @@ from typing import Any
 from tutelage.spec import UserError, content_hash, suggest
 
 FORMAT = 1
+PARTS = ("artifacts", "work", "runs", "events", "locks")
 
 
 class Store:
@@ -38,18 +39,34 @@ class Store:
         self.root = Path(root).expanduser().resolve()
         mark = self.root / "format"
         if mark.exists():
-            found = _read_json(mark).get("format")
+            found = read_object(mark).get("format")
             if found != FORMAT:
                 raise UserError(f"the store {self.root} has format {found}, this version reads {FORMAT}; use another --store")
-        elif create:
-            if self.root.is_dir() and any(self.root.iterdir()):
-                raise UserError(f"{self.root} is neither empty nor a store; give --store another folder")
+            return
+        if self._has_other_things() and not mark.exists():  # another process may just have made it
+            raise UserError(f"{self.root} is neither empty nor a store; give --store another folder")
+        if create:
             try:
-                for part in ("artifacts", "work", "runs", "events", "locks"):
+                for part in PARTS:
                     (self.root / part).mkdir(parents=True, exist_ok=True)
                 write_json(mark, {"format": FORMAT})
             except OSError as error:
                 raise UserError(f"cannot make a store in {self.root}: {error.strerror}; give --store another folder") from None
+
+    def _has_other_things(self) -> bool:
+        """Whether there is more in the folder than a store that is just being made, or whose making was cut short."""
+        there = next(p for p in (self.root, *self.root.parents) if p.exists())
+        if not there.is_dir():
+            raise UserError(f"cannot make a store in {self.root}: {there} is not a folder; give --store another folder")
+        try:
+            for each in self.root.iterdir() if there == self.root else ():
+                if not (each.name in PARTS and each.is_dir() and not any(each.iterdir())) and not each.name.startswith(
+                    ".format."
+                ):
+                    return True
+        except OSError as error:
+            raise UserError(f"cannot read {self.root}: {error.strerror}; give --store another folder") from None
+        return False
 
     # --- artifacts ---
 
@@ -68,7 +85,7 @@ class Store:
         """The ``artifact.json`` of a published stage. Raises `UserError` where there is none."""
         if not self.has(key):
             raise UserError(f"no artifact {key} in {self.root}")
-        return _read_json(self.folder(key) / "artifact.json")
+        return read_object(self.folder(key) / "artifact.json")
 
     def metrics(self, key: str) -> list[dict[str, Any]]:
         """The metric lines of a stage, published or in progress."""
@@ -151,6 +168,12 @@ class Store:
 
     def new_run(self, recipe: str, body: dict[str, Any]) -> str:
         """Saves a new run under a name nobody has, ``RECIPE-N``, and returns the name."""
+        try:
+            return self._new_run(recipe, body)
+        except OSError as error:
+            raise UserError(f"cannot write to {self.root / 'runs'}: {error.strerror}; give --store another folder") from None
+
+    def _new_run(self, recipe: str, body: dict[str, Any]) -> str:
         (self.root / "runs").mkdir(exist_ok=True)
         taken = [f.stem.rpartition("-") for f in (self.root / "runs").glob("*.json")]
         n = max((int(t[2]) for t in taken if t[0] == recipe and t[2].isdigit()), default=0) + 1
@@ -185,7 +208,7 @@ class Store:
             if not of_recipe:
                 raise UserError(f"unknown run {run!r} in the store {self.root}{suggest(run, names)}")
             run = of_recipe[-1]
-        return {"run": run, **_read_json(self.root / "runs" / f"{run}.json")}
+        return {"run": run, **read_object(self.root / "runs" / f"{run}.json")}
 
     def event(self, what: str, **facts: Any) -> None:
         """Appends one line to this process's event file."""
@@ -225,11 +248,15 @@ def write_json(path: Path, body: Any) -> None:
     os.replace(fresh, path)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises `UserError`."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        body = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"{path} holds no JSON object; it is damaged or not a store's")
+    return body
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
