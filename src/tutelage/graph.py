@@ -336,6 +336,8 @@ def plan(goals: Sequence[Goals], has: Callable[[str], bool]) -> Plan:
             if mine in made.nodes:
                 continue
             try:
+                for _, at in inputs(stage):
+                    typed(at)
                 outs = stage.infer(typed)
                 flops = stage.estimate(typed)
             except SpecError as error:
@@ -345,9 +347,25 @@ def plan(goals: Sequence[Goals], has: Callable[[str], bool]) -> Plan:
             made.nodes[mine] = Node(mine, stage, stage.name, ins, outs, flops)
         for at in all_goals(one):
             typed(at)
+        if one.table:
+            _check_table(one.table)
     _label(made)
     _mark(made, {key(at.of) for one in goals for at in all_goals(one)}, has)
     return made
+
+
+def _check_table(table: Table) -> None:
+    """Raises `SpecError` where the table names a row or a domain that it does not have."""
+    named = {"before": table.before, "after": table.after}
+    named |= {f"teachers.{d}": row for d, row in table.teachers.items()}
+    named |= {f"controls.{i}": row for i, row in enumerate(table.controls)} | {f"sources.{r}": r for r in table.sources}
+    for where, row in named.items():
+        if row not in table.rows:
+            raise SpecError(f"table.{where} names row {row!r}, which the table does not have{suggest(row, table.rows)}")
+    domains = {d for cells in table.rows.values() for d in cells}
+    for domain in table.teachers:
+        if domain not in domains:
+            raise SpecError(f"table.teachers names domain {domain!r}, which no row has{suggest(domain, domains)}")
 
 
 def _label(made: Plan) -> None:

@@ -120,14 +120,7 @@ class Batch:
     """int [M]: the row of each trained token"""
     signals: dict[str, Any] = field(default_factory=dict)
     """name -> [M, ...]"""
-    scalars: dict[str, Any] = field(default_factory=dict)
-    """name -> [R]"""
     counts: dict[str, float] = field(default_factory=dict)
     """``tokens`` (M) and ``rows`` (R) over the *global* batch: what losses are divided by."""
     extras: dict[str, Any] = field(default_factory=dict)
     """Objects that a loss asked for by name, such as ``teacher_heads``."""
-
-    @property
-    def rows(self) -> int:
-        """R"""
-        return int(self.row[-1]) + 1 if len(self.row) else 0

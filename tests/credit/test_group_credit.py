@@ -100,6 +100,5 @@ def test_sample_without_trained_tokens_is_in_the_baseline_but_not_trained():
 
 
 def test_declares_what_it_reads_and_writes():
-    assert GroupRelative().scope == "group"
     assert GroupRelative().needs() == {"reward"}
     assert GroupRelative().gives() == {"advantage"}

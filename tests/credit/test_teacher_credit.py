@@ -198,6 +198,5 @@ def test_trap_teacher_must_speak_of_exactly_the_trained_tokens(cut):
 
 
 def test_declares_what_it_writes():
-    assert Teacher().scope == "step"
     assert Teacher().gives() == {"teacher_logp"}
     assert Teacher(want="hidden").gives() == {"teacher_hidden", "teacher"}

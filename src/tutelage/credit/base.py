@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from tutelage.losses.base import Metrics
 from tutelage.spec import Spec
@@ -39,9 +39,6 @@ class CreditContext:
 
 class Credit(Spec):
     """Base of all credit rules."""
-
-    scope: ClassVar[Literal["group", "step"]] = "step"
-    """Whether `assign` may be called on one group as soon as it is whole, or wants the whole step."""
 
     def needs(self) -> frozenset[str]:
         """``reward`` and signals that must be there before."""

@@ -14,7 +14,7 @@ same up to n/(n−1)), batch-wide scaling (REINFORCE++), and length or overlong 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tutelage.credit.base import Credit, CreditContext
 from tutelage.losses.base import Metrics
@@ -30,7 +30,6 @@ EPSILON = 1e-4
 class GroupRelative(Credit):
     """Writes ``advantage`` [T_sel], one value a sample, from ``sample.scalars["reward"]``."""
 
-    scope: ClassVar[Literal["group", "step"]] = "group"
     scale: Literal["group", "none"] = "group"
     """divide by the group's standard deviation (GRPO) or not (Dr. GRPO)"""
     drop_uniform: bool = True

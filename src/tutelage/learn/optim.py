@@ -7,20 +7,22 @@ as its authors advise.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from tutelage.spec import Spec
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamW(Spec):
     """`torch.optim.AdamW` (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     lr: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
 
     def build(self, model: Any) -> list[Any]:
         """Optimizers over the trainable parameters."""
@@ -36,8 +38,8 @@ class Muon(Spec):
     """`tutelage.learn.muon.Muon` on the layers' matrices, `AdamW` on the rest."""
 
     lr: float = Field(2e-2, gt=0)
-    momentum: float = 0.95
-    weight_decay: float = 0.0
+    momentum: Share = 0.95
+    weight_decay: float = Field(0.0, ge=0)
     rest: AdamW = AdamW(lr=4e-3)
 
     def build(self, model: Any) -> list[Any]:

@@ -22,6 +22,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
+from tutelage.model.headers import PACKED
+
 NAME = "tutelage_packed"
 PLAIN_UP_TO = 256
 """Longest row for which scores are held whole."""
@@ -190,18 +192,6 @@ class Decode:
         mask = self.mask if window is None else self.mask & (self.age < window)[:, None, None]
         keys, values = keys[:S, :, : self.length], values[:S, :, : self.length]
         return softmax_attention(q.unsqueeze(2), keys, values, mask, scale, cap)[:, :, 0]
-
-
-PACKED = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "granite"}) | {
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-}
-"""Architectures (``model_type``) whose only path between positions is attention through the library's interface."""
 
 
 def packs(config: Any) -> bool:

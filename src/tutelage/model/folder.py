@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from tutelage.model.attention import PACKED, packs, register
+from tutelage.model.attention import packs, register
+from tutelage.model.headers import PACKED
 from tutelage.spec import UserError
 
 

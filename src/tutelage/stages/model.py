@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from tutelage.graph import At, Kind, ModelType, Stage, Type
-from tutelage.spec import SpecError, UserError, content_hash, digest, outside
+from tutelage.spec import SpecError, UserError, content_hash, digest, outside, suggest
 from tutelage.text.tokenizer import CHAT_TEMPLATE, SPECIAL
 
 
@@ -18,14 +19,14 @@ class NewModel(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "initialises"
 
-    alphabet: str
-    width: int = 96
-    layers: int = 3
-    heads: int = 4
-    mlp: int = 256
+    alphabet: str = Field(min_length=1)
+    width: int = Field(96, ge=2)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    mlp: int = Field(256, ge=1)
     tied: bool = True
-    max_positions: int = 512
-    seed: int = 0
+    max_positions: int = Field(512, ge=1)
+    seed: int = Field(0, ge=0)
 
     @property
     def vocab(self) -> int:
@@ -69,23 +70,22 @@ class Pretrained(Stage):
     path: str = outside()
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
-        folder = Path(self.path)
-        if not (folder / "config.json").exists():
-            raise SpecError(f"path {self.path!r} is no model folder: it has no config.json")
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            settings = json.loads((folder / "tokenizer_config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise SpecError(f"path {self.path!r}: {error}") from None
-        file = folder / "chat_template.jinja"
-        template = file.read_text() if file.exists() else settings.get("chat_template")
-        if not template:
-            raise SpecError(f"path {self.path!r} has no chat template; save one with the tokenizer as chat_template.jinja")
-        tokens = [content_hash(folder / n) for n in ("tokenizer.json", "tokenizer.model") if (folder / n).exists()]
-        if not tokens:
-            raise SpecError(f"path {self.path!r} has no tokenizer.json or tokenizer.model")
-        from tutelage.model.headers import folder_params
+        from tutelage.model.headers import PACKED, folder_params, read_object
 
+        folder = Path(self.path)
+        config, settings = (read_object(folder / f"{name}.json") for name in ("config", "tokenizer_config"))
+        if config.get("model_type") not in PACKED:
+            known = suggest(str(config.get("model_type")), PACKED)
+            raise SpecError(f"{self.path}: architecture {config.get('model_type')!r} is not declared safe to pack{known}")
+        file = folder / "chat_template.jinja"
+        template = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
+        if not template:
+            raise SpecError(f"{self.path} has no chat template; save one with the tokenizer as chat_template.jinja")
+        files = [folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).exists()]
+        if not files:
+            raise SpecError(f"{self.path} has no tokenizer.json or tokenizer.model; save the tokenizer beside the model")
+        special = {k: settings.get(k) for k in ("bos_token", "eos_token", "pad_token", "add_bos_token")}
+        tokens = [special, *(content_hash(f) for f in files)]
         return {
             "policy": ModelType(
                 config.get("model_type", "?"),

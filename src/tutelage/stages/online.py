@@ -78,6 +78,8 @@ class Online(Stage):
         self._check_teachers(types, model)
         self._check_signals()
         need_series(self.checkpoints, self.steps)
+        if len(set(self.domains)) < len(self.domains):
+            raise SpecError(f"domains names one twice: {', '.join(self.domains)}")
         if self.prompts % len(self.domains):
             raise SpecError(f"prompts {self.prompts} cannot be shared equally by {len(self.domains)} domains")
         return {"policy": replace(model, checkpoints=self.checkpoints)}
