@@ -23,7 +23,7 @@ def stub(c, leaf, loss_type, high):
     width = int(batch.pos.max()) + 1
 
     def pad(x):  # [M] -> [R, T]
-        return x.new_zeros(batch.rows, width).index_put((batch.trow, batch.pos[batch.index]), x)
+        return x.new_zeros(int(batch.row[-1]) + 1, width).index_put((batch.trow, batch.pos[batch.index]), x)
 
     def logps(*args, **kwargs):
         logprobs = torch.log_softmax(leaf / c.temperature, -1)
@@ -50,10 +50,10 @@ def stub(c, leaf, loss_type, high):
     )
     # the pictures' prompt and tool tokens are masked as TRL masks tool tokens, its padding as padding
     lengths = torch.tensor([len(p) for p in PICTURES])
-    ids = torch.zeros(batch.rows, width, dtype=torch.long)
+    ids = torch.zeros(int(batch.row[-1]) + 1, width, dtype=torch.long)
     inputs = {
         "prompt_ids": ids[:, :1],
-        "prompt_mask": torch.ones(batch.rows, 1),
+        "prompt_mask": torch.ones(int(batch.row[-1]) + 1, 1),
         "completion_ids": ids,
         "completion_mask": (torch.arange(width) < lengths[:, None]).double(),
         "tool_mask": pad(torch.ones(len(leaf), dtype=torch.float64)),
