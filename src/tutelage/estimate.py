@@ -16,7 +16,7 @@ from tutelage.graph import Node, Plan, all_goals, key, order, record
 from tutelage.spec import flags
 from tutelage.store import Store
 
-DEFAULT_RATE = 12e9
+DEFAULT_RATE = 20e9
 """FLOP/s of one CPU thread where nothing has been measured: small models, far below a core's peak."""
 
 
