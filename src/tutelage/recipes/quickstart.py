@@ -85,7 +85,7 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
         schedule=Schedule(warmup=5),
         steps=100_000,
         budget=tuple(stage.out() for stage in specialists.values()),
-        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=100, limit=125, sampling=greedy),
+        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=100, limit=125, patience=8, sampling=greedy),
         seed=seed,
     )
     checkpoints: dict[str, Stage] = {"base": start, "sft": sft}
