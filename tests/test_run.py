@@ -16,9 +16,10 @@ import pytest
 
 from tests import toy
 from tutelage import run as runner
+from tutelage.files import read_jsonl
 from tutelage.graph import Goals, Node, Stage, from_record, key, plan, record
 from tutelage.run import Outcome, run
-from tutelage.store import Store, read_jsonl
+from tutelage.store import Store
 
 ROOT = Path(__file__).parents[1]
 

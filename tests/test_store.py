@@ -15,8 +15,9 @@ import pytest
 
 from tests import toy
 from tutelage.context import Context, Stopped
+from tutelage.files import read_jsonl, write_json
 from tutelage.spec import UserError
-from tutelage.store import Store, read_jsonl, write_json
+from tutelage.store import Store
 
 META = {"name": "a", "kind": "toy", "inputs": [], "finished": 1.0}
 

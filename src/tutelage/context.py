@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tutelage.files import sync, write_json
 from tutelage.graph import At, Stage, key
-from tutelage.store import Store, sync, write_json
+from tutelage.store import Store
 
 
 class Stopped(Exception):

@@ -15,7 +15,6 @@ Keys and artifacts are all the store knows: it has no idea of stages. Leaves out
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tutelage.files import read_jsonl, read_object, sync, sync_folder, write_json
 from tutelage.spec import UserError, content_hash, suggest
 
 FORMAT = 1
@@ -143,7 +143,7 @@ class Store:
         if final.exists() and not self.has(key):  # a removal that was cut short
             shutil.rmtree(final)
         os.replace(work, final)
-        _sync_dir(self.root / "artifacts")
+        sync_folder(self.root / "artifacts")
         for stale in (*final.glob("checkpoint-*"), *final.glob(".checkpoint-*")):
             shutil.rmtree(stale)
 
@@ -233,58 +233,3 @@ class Store:
                 stack.append((each, True))
                 stack.extend((i["key"], False) for i in meta["inputs"])
         return list(done.values())
-
-
-# --- files -------------------------------------------------------------------------------------------------------------
-
-
-def write_json(path: Path, body: Any) -> None:
-    """Writes a JSON file so that a reader sees the old one or the new one, never a part."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    with fresh.open("w") as file:
-        json.dump(body, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises `UserError`."""
-    try:
-        body = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if not isinstance(body, dict):
-        raise UserError(f"{path} holds no JSON object; it is damaged or not a store's")
-    return body
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a JSON-lines file; a last line cut short by a kill is passed over."""
-    with path.open("r", encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            yield json.loads(line)
-
-
-def sync(folder: Path) -> None:
-    """Writes a folder's files through to disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    _sync_dir(folder)
-
-
-def _sync_dir(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def short_hash(text: str) -> int:
-    """A 63-bit seed from any text, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1

@@ -26,6 +26,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tutelage.card import card
 from tutelage.context import Context, Stopped
 from tutelage.graph import Stage, all_goals, from_record, key, order
 from tutelage.spec import UserError
@@ -250,25 +251,3 @@ def captured(log: Path) -> Iterator[None]:
         os.dup2(nothing, 1)
         os.dup2(nothing, 2)
         os.close(nothing)
-
-
-def card(store: Store, meta: dict[str, Any], port: str) -> str:
-    """A model card: what made this model, from what, all the way back."""
-    ancestors: dict[str, dict[str, Any]] = {}
-    for each in meta["inputs"]:
-        ancestors.update({m["key"]: m for m in store.lineage(each["key"])})
-    lines = [
-        "---",
-        "library_name: transformers",
-        "---",
-        f"# {meta['name']}",
-        "",
-        f"Port `{port}` of stage `{meta['name']}` (`{meta['kind']}`), made by Tutelage ({meta['code']}).",
-        "",
-        "| stage | kind | key | from |",
-        "| --- | --- | --- | --- |",
-    ]
-    for one in [*ancestors.values(), meta]:
-        parents = ", ".join(dict.fromkeys(f"{i['name']}:{i['port']}" for i in one["inputs"])) or "nothing"
-        lines.append(f"| {one['name']} | `{one['kind']}` | `{one['key'][:12]}` | {parents} |")
-    return "\n".join(lines) + "\n"

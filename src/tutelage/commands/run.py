@@ -1,0 +1,59 @@
+"""``tutelage run``: make what is not made yet, then show it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Annotated
+
+import typer
+
+from tutelage.commands.report import show
+from tutelage.commands.shared import STORE, Cores, Seed, Seeds, Sets, Where, Which, chosen_recipe, console, planned
+
+
+def run(
+    recipe: Which,
+    sets: Sets = None,
+    seed: Seed = None,
+    seeds: Seeds = None,
+    store: Where = STORE,
+    cores: Cores = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars.")] = False,
+    checkpoint_every: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Checkpoints of a running stage are at most so far apart.", min=0)
+    ] = 60.0,
+) -> None:
+    """Make what is not made yet, then print the table and write the report. The same command goes on after a stop."""
+    chosen = chosen_recipe(recipe, sets, seed, seeds)
+    made = planned(chosen, store)
+
+    from tutelage.estimate import Estimator, human_time, summary
+    from tutelage.progress import watch
+    from tutelage.run import core_count
+    from tutelage.run import run as execute
+    from tutelage.store import Store
+
+    home, out = Store(store), console()
+    cores = cores or core_count()
+    estimator = Estimator(home)
+    out.print(f"[bold]{chosen.name}[/]: {summary(made, estimator, cores)}", highlight=False)
+    with watch(made, estimator, cores, out, plain) as watcher:
+        outcome = execute(
+            made, home, arguments=chosen.arguments, argv=sys.argv, cores=cores, every=checkpoint_every, watcher=watcher
+        )
+    took = human_time(time.monotonic() - watcher.began)
+    if outcome.state == "stopped":
+        out.print(f"stopped after {took}; run the same command again to go on from the last checkpoints")
+    elif outcome.state == "failed":
+        _failed(outcome.failed, len(made.todo), len(made.todo) - len(outcome.failed) - len(outcome.made))
+    else:
+        out.print(f"run [bold]{outcome.run}[/] done in {took}", highlight=False)
+        show(home, outcome.run, bool(chosen.goals[0].table), out)
+    raise typer.Exit(outcome.exit_code)
+
+
+def _failed(failed: dict[str, str], total: int, unmade: int) -> None:
+    names = ", ".join(failed)
+    rest = f"; {unmade} more were not made" if unmade > 0 else ""
+    print(f"error: {len(failed)} of {total} stages failed ({names}){rest}; what was made is kept", file=sys.stderr)
