@@ -42,7 +42,8 @@ def plan(
     chosen = chosen_recipe(recipe, sets, seed, seeds)
     made = planned(chosen, store)
 
-    from tutelage.estimate import Estimator, reasons, summary
+    from tutelage.estimate import Estimator, summary
+    from tutelage.explain import reasons
     from tutelage.run import core_count
     from tutelage.store import Store
 
