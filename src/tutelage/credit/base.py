@@ -35,6 +35,8 @@ class CreditContext:
     """of the sampling: whoever is compared is scored under the same."""
     teachers: dict[str, Scorer] = field(default_factory=dict)
     """domain -> its teacher"""
+    reference: Scorer | None = None
+    """the policy that KL is measured to"""
 
 
 class Credit(Spec):

@@ -2,7 +2,9 @@
 
 A step draws prompts, samples replies, lets the environment score them, lets credit rules write signals (a group's
 advantage, a teacher's log-probs), and takes one update per minibatch. What makes it GRPO or MOPD is in ``credit`` and
-``loss`` alone. With ``teachers`` every domain has exactly one teacher, checked before any weight loads.
+``loss`` alone; stages/methods.py has the published pairs. With ``teachers`` every domain has exactly one teacher, checked
+before any weight loads. ``resample`` is DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): prompts are drawn until the
+batch is full of groups whose rewards differ, so many times at most; what was drawn in vain is paid for and logged.
 
 Leaves out: asynchronous rollouts, value models, several policies in one stage.
 """
@@ -32,6 +34,8 @@ from tutelage.types import Sample, Task
 
 SAMPLED = frozenset({"behaviour_logp", "reward"})
 """What every sample brings along."""
+AT_START = "prox_logp"
+"""The trainer's own log-probs before the step's first update, scored where the loss needs them."""
 
 
 class Online(Stage):
@@ -48,6 +52,8 @@ class Online(Stage):
     env: Env
     teachers: dict[str, At] = {}
     """domain -> its teacher"""
+    reference: At | None = None
+    """The policy that KL is measured to, asked by credit.kl.Reference."""
     credit: tuple[Credit, ...] = Field(min_length=1)
     loss: Loss
     optimizer: AdamW | Muon = AdamW(lr=4e-4)
@@ -59,6 +65,8 @@ class Online(Stage):
     """prompts a step, all domains together"""
     group: int = Field(8, ge=1)
     """samples a prompt"""
+    resample: int = Field(0, ge=0)
+    """further draws a step while groups whose rewards differ are fewer than ``prompts``; 0 takes what the first draw gives"""
     minibatches: int = Field(1, ge=1)
     """updates a step; more than one makes the later ones off-policy"""
     template: Template = Chat()
@@ -76,7 +84,11 @@ class Online(Stage):
         for domain in self.domains:
             need_domain(types, self.tasks, domain)
         self._check_teachers(types, model)
+        if self.reference:
+            self._check_ids("the reference", self.reference, types, model)
         self._check_signals()
+        if self.resample and self.group == 1:
+            raise SpecError("resample looks for groups whose rewards differ, but group is 1; set group to 2 or more")
         need_series(self.checkpoints, self.steps)
         if len(set(self.domains)) < len(self.domains):
             raise SpecError(f"domains names one twice: {', '.join(self.domains)}")
@@ -91,16 +103,19 @@ class Online(Stage):
             if domain not in self.teachers:
                 raise SpecError(f"domain {domain!r} has no teacher{suggest(domain, self.teachers)}")
         for domain, at in self.teachers.items():
-            teacher = need_model(types, at)
-            for what, mine, other in (
-                ("tokenizer", model.tokenizer_key, teacher.tokenizer_key),
-                ("chat template", model.template_key, teacher.template_key),
-            ):
-                if mine != other:
-                    raise SpecError(
-                        f"the teacher of {domain!r}, {at.of.name!r}, has another {what} ({other[:8]}) than the student "
-                        f"({mine[:8]}): both must see the same ids; give both the same tokenizer and template"
-                    )
+            self._check_ids(f"the teacher of {domain!r}", at, types, model)
+
+    def _check_ids(self, who: str, at: At, types: Callable[[At], Type], model: ModelType) -> None:
+        asked = need_model(types, at)
+        for what, mine, other in (
+            ("tokenizer", model.tokenizer_key, asked.tokenizer_key),
+            ("chat template", model.template_key, asked.template_key),
+        ):
+            if mine != other:
+                raise SpecError(
+                    f"{who}, {at.of.name!r}, has another {what} ({other[:8]}) than the student "
+                    f"({mine[:8]}): both must see the same ids; give both the same tokenizer and template"
+                )
 
     def _check_signals(self) -> None:
         have = set(SAMPLED)
@@ -109,7 +124,13 @@ class Online(Stage):
         for rule in self.credit:
             _need(rule.kind(), rule.needs() - have)
             have |= rule.gives()
-        _need(self.loss.kind(), self.loss.needs() - have)
+        _need(self.loss.kind(), self.loss.needs() - have - {AT_START})
+        if bool(self.reference) != ("ref_logp" in have):
+            raise SpecError(
+                "reference is given, but no credit rule asks it; add credit.kl.Reference or leave reference out"
+                if self.reference
+                else "credit.kl.Reference asks a reference, but none is given; set reference to a stage's policy"
+            )
         wants_teachers = any(name.startswith("teacher") for rule in self.credit for name in rule.gives())
         if wants_teachers and not self.teachers:
             raise SpecError("a credit rule asks teachers, but none are given; set teachers to {domain: a stage's policy}")
@@ -118,9 +139,11 @@ class Online(Stage):
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
-        own = 8.0 * need_model(types, self.model).params * tokens
+        own = (10.0 if AT_START in self.loss.needs() else 8.0) * need_model(types, self.model).params * tokens
         teachers = [need_model(types, at).params for at in self.teachers.values()]
-        return own + (2.0 * tokens * sum(teachers) / len(teachers) if teachers else 0.0)
+        asked = sum(teachers) / len(teachers) if teachers else 0.0
+        asked += need_model(types, self.reference).params if self.reference else 0.0
+        return own + 2.0 * tokens * asked
 
     def run(self, ctx: Any) -> None:
         _Loop(self, ctx).run()
@@ -138,8 +161,7 @@ class _Loop:
 
     def __init__(self, stage: Online, ctx: Any):
         from tutelage.credit.base import CreditContext
-        from tutelage.learn.learner import Learner, ModelScorer
-        from tutelage.model.folder import load_model
+        from tutelage.learn.learner import Learner
         from tutelage.rollout.policy import Policy
         from tutelage.text.rows import read_tasks
 
@@ -148,17 +170,23 @@ class _Loop:
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.driver = self.policy.driver(stage.template, stage.env, stage.sampling)
-        self.scorers: dict[Path, ModelScorer] = {}  # one for each folder, however many domains it teaches
-        teachers = {d: ctx.input(at) for d, at in stage.teachers.items() if d in stage.domains}
-        for domain, folder in teachers.items():
-            if folder not in self.scorers:
-                self.scorers[folder] = ModelScorer(stage.teachers[domain].of.name, load_model(folder), vocab)
-        by_domain: dict[str, Scorer] = {d: self.scorers[folder] for d, folder in teachers.items()}
-        self.credit_context = CreditContext(stage.sampling.scored_at, by_domain)
+        self.scorers: dict[Path, Any] = {}  # one for each folder, however many domains it teaches
+        by_domain: dict[str, Scorer] = {d: self._scorer(at, vocab) for d, at in stage.teachers.items() if d in stage.domains}
+        reference = self._scorer(stage.reference, vocab) if stage.reference else None
+        self.credit_context = CreditContext(stage.sampling.scored_at, by_domain, reference)
         self.pools: dict[str, list[Task]] = {d: [] for d in stage.domains}
         for task in read_tasks(ctx.input(stage.tasks)):
             if task.domain in self.pools:
                 self.pools[task.domain].append(task)
+
+    def _scorer(self, at: At, vocab: int) -> Scorer:
+        from tutelage.learn.learner import ModelScorer
+        from tutelage.model.folder import load_model
+
+        folder = self.ctx.input(at)
+        if folder not in self.scorers:
+            self.scorers[folder] = ModelScorer(at.of.name, load_model(folder), vocab)
+        return self.scorers[folder]
 
     def run(self) -> None:
         import torch
@@ -178,11 +206,13 @@ class _Loop:
     def _step(self, step: int) -> None:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
         self.policy.refresh(step)
-        drawn = self.driver.collect(self._prompts(step), stage.group, stage.seed * 1_000_003 + step)
+        drawn, chosen, draws = self._draw(step)
         self.policy.charge(ctx.cost)
         metrics = _describe(drawn)
-        trained, credited = self._assign(drawn)
+        trained, credited = self._assign(chosen)
         metrics.update(credited)
+        if stage.resample:
+            metrics |= {"draws": float(draws), "drawn_in_vain": 1 - len(chosen) / len(drawn)}
         if trained:
             metrics.update(self._update(trained, step))
         tokens = sum(int(s.mask.sum()) for s in drawn)
@@ -191,14 +221,43 @@ class _Loop:
         shown = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
         ctx.progress(step + 1, stage.steps, **shown)
 
-    def _prompts(self, step: int) -> list[Task]:
-        """Equal numbers of each domain's tasks, each domain in its own shuffled order."""
+    def _draw(self, step: int) -> tuple[list[Sample], list[Sample], int]:
+        """Everything drawn in a step, what of it goes on to credit, and the number of draws.
+
+        A domain that is short of groups whose rewards differ draws its whole share again; what is over is left.
+        """
+        from tutelage.credit.group import informative_groups
+        from tutelage.rollout.driver import request_seed
+
+        stage = self.stage
+        seed = stage.seed * 1_000_003 + step
+        drawn = self.driver.collect(self._prompts(step, list(self.pools)), stage.group, seed)
+        if not stage.resample:
+            return drawn, drawn, 1
+        share, fresh, draws = stage.prompts // len(self.pools), drawn, 1
+        full: dict[str, list[list[Sample]]] = {d: [] for d in self.pools}
+        while True:
+            for group in informative_groups(fresh):
+                full[group[0].domain].append(group)
+            short = [d for d in self.pools if len(full[d]) < share]
+            if not short or draws > stage.resample:
+                break
+            again = step * stage.resample + draws - 1  # a series of its own: the first draws stay what they are without it
+            fresh = self.driver.collect(self._prompts(again, short, 1), stage.group, request_seed(seed, "resample", draws))
+            for sample in fresh:
+                sample.group += f"+{draws}"
+            drawn, draws = drawn + fresh, draws + 1
+        return drawn, [s for d in self.pools for group in full[d][:share] for s in group], draws
+
+    def _prompts(self, number: int, domains: Sequence[str], series: int = 0) -> list[Task]:
+        """Equal numbers of each domain's tasks, each domain in its own shuffled order, another one for each series."""
         share = self.stage.prompts // len(self.pools)
-        return [
-            tasks[i]
-            for k, tasks in enumerate(self.pools.values())
-            for i in batch_order(len(tasks), share, step, self.stage.seed * 1009 + k)
-        ]
+        found = []
+        for k, (domain, tasks) in enumerate(self.pools.items()):
+            if domain in domains:
+                order = batch_order(len(tasks), share, number, self.stage.seed * 1009 + k + series * len(self.pools))
+                found += [tasks[i] for i in order]
+        return found
 
     def _assign(self, drawn: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:
         samples, found = list(drawn), {}
@@ -213,6 +272,10 @@ class _Loop:
     def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
         """One pass over the samples in whole groups; the metrics of its first minibatch, which is on-policy."""
         stage = self.stage
+        if AT_START in stage.loss.needs():
+            for sample, signal in zip(samples, self.learner.score(samples, stage.sampling.scored_at, "logp"), strict=True):
+                sample.signals[AT_START] = signal
+            self.ctx.cost.spend("scored", sum(len(s.tokens) for s in samples), self.policy.params)
         first: dict[str, float] = {}
         for part in _minibatches(samples, stage.minibatches):
             metrics = self.learner.forward_backward(part, stage.loss, stage.sampling.scored_at, self._extras())
