@@ -243,7 +243,7 @@ def test_plan_as_json_and_back(place):
     assert body["totals"]["flops"] == sum(s["flops"] for s in body["stages"])
     stages = {s["label"]: s for s in body["stages"]}
     assert stages["right"]["outputs"]["policy"]["checkpoints"] == [2]
-    assert stages["left@1"]["why"] == "waits for more@1, base"
+    assert stages["left@1"]["why"] == "new: no stage of this name or kind is stored"
     assert stages["left@1"]["inputs"][0] == {
         "path": "source",
         "key": stages["more@1"]["key"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from tutelage.commands.run import SkipBadRows
 from tutelage.commands.shared import (
     STORE,
     AsJson,
@@ -23,10 +24,16 @@ from tutelage.commands.shared import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
     from rich.text import Text
 
     from tutelage.catalog import Chosen
+    from tutelage.explain import Reason
     from tutelage.graph import Node, Plan
+
+SHOWN = 2
+"""Changes, and inputs that will be remade, that the table prints of a stage; ``--json`` has them all."""
+HEADS = ("stage", "kind", "status", "FLOP", "time")
 
 
 def plan(
@@ -36,14 +43,19 @@ def plan(
     seeds: Seeds = None,
     store: Where = STORE,
     cores: Cores = None,
+    skip_bad_rows: SkipBadRows = False,
     as_json: AsJson = False,
 ) -> None:
     """Show which stages are stored, which will run and why, and what that will cost. Runs nothing."""
     chosen = chosen_recipe(recipe, sets, seed, seeds)
+    if skip_bad_rows:
+        from tutelage.catalog import skipping
+
+        chosen = skipping(chosen)
     made = planned(chosen, store)
 
     from tutelage.estimate import Estimator, summary
-    from tutelage.explain import reasons
+    from tutelage.explain import NEW, reasons
     from tutelage.run import core_count
     from tutelage.store import Store
 
@@ -54,10 +66,12 @@ def plan(
         return print_json(_plan_json(chosen, made, estimator, why, cores))
     out = console()
     _plan_table(made, estimator, why, out)
+    if any(r.lead == NEW for r in why.values()):
+        out.print(NEW, style="dim", highlight=False)
     out.print(f"[bold]{chosen.name}[/]: {summary(made, estimator, cores)}", highlight=False)
 
 
-def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, str], cores: int) -> dict[str, Any]:
+def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, Reason], cores: int) -> dict[str, Any]:
     from dataclasses import asdict
 
     from tutelage.estimate import span
@@ -70,7 +84,9 @@ def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, str], 
             "kind": n.stage.kind(),
             "key": n.key,
             "status": n.status,
-            "why": why[n.key],
+            "why": why[n.key].text(),
+            "changes": [c.json for c in why[n.key].changes],
+            "against": why[n.key].against,
             "inputs": [{"path": f, "key": k, "port": p, "step": s, "label": made.nodes[k].label} for f, k, p, s in n.inputs],
             "outputs": {port: {"kind": n.stage.outputs[port], **asdict(t)} for port, t in n.types.items()},
             "threads": n.stage.threads,
@@ -91,47 +107,59 @@ def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, str], 
     return {**arguments, "stages": stages, "totals": totals, "records": [record(g) for g in chosen.goals]}
 
 
-def _plan_table(made: Plan, estimator: Any, why: dict[str, str], out: Console) -> None:
-    """One line for stages that differ in nothing shown but their names; two where the terminal is narrow."""
-    from rich.table import Table
+def _plan_table(made: Plan, estimator: Any, why: dict[str, Reason], out: Console) -> None:
+    """One line for stages that differ in nothing shown but their names; where the terminal is narrow, why stands below it."""
+    from rich.padding import Padding
     from rich.text import Text
 
     from tutelage.estimate import human_time, si
 
-    wide = out.width >= 110
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("stage", overflow="fold", max_width=44)
-    table.add_column("kind", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    for head in ("FLOP", "time"):
-        table.add_column(head, justify="right", no_wrap=True)
-    for head in ("why", "made from") if wide else ():
-        table.add_column(head, overflow="fold")
     words = {"stored": Text("stored", "green"), "run": Text("will run", "yellow"), "unneeded": Text("not needed", "dim")}
+    rows: list[tuple[list[Text], Text, Text]] = []
     for nodes in _alike(made, why):
-        n, first = nodes[0], _reason(made, nodes[0], why)
+        n = nodes[0]
         flops, seconds = sum(m.flops for m in nodes), sum(estimator.seconds(m) for m in nodes)
         cost = (si(flops).strip() if flops else "", human_time(seconds) if seconds else "") if n.status == "run" else ("", "")
-        row = (Text(_braces([m.label for m in nodes])), type(n.stage).__name__, words[n.status], *cost)
-        if wide:
-            table.add_row(*row, first, _sources(made, n))
-        else:
-            table.add_row(*row)
-            table.add_row(Text.assemble("  ", (first, "dim"), (" ← " if n.inputs else ""), _sources(made, n)))
-    out.print(table, highlight=False)
+        cells = [Text(_braces([m.label for m in nodes])), Text(type(n.stage).__name__), words[n.status], *map(Text, cost)]
+        rows.append((cells, Text(_short(why[n.key])), _sources(made, n)))
+    wide = out.width >= 110
+    widths = [max([len(head), *(row[0][i].cell_len for row in rows)]) for i, head in enumerate(HEADS)]
+    widths[0] = min(widths[0], max(20, out.width // 4 if wide else out.width - sum(widths[1:]) - 2 * len(HEADS)))
+    table = _columns(widths, wide, header=True)
+    for cells, because, sources in rows:
+        table.add_row(*cells, *((because, sources) if wide else ()))
+        if not wide:
+            out.print(table, highlight=False)
+            below = Text.assemble((because.plain, "dim"), " ← ", sources) if sources else Text(because.plain, "dim")
+            out.print(Padding(below, (0, 0, 0, 2)), highlight=False)
+            table = _columns(widths, wide, header=False)
+    if wide:
+        out.print(table, highlight=False)
 
 
-def _alike(made: Plan, why: dict[str, str]) -> list[list[Node]]:
+def _columns(widths: list[int], wide: bool, header: bool) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), show_header=header)
+    for i, (head, width) in enumerate(zip(HEADS, widths, strict=True)):
+        table.add_column(head, width=width, overflow="fold", justify="right" if i > 2 else "left")
+    for head in ("why", "made from") if wide else ():
+        table.add_column(head, overflow="fold")
+    return table
+
+
+def _alike(made: Plan, why: dict[str, Reason]) -> list[list[Node]]:
     groups: dict[Any, list[Node]] = {}
     for n in made.nodes.values():
-        groups.setdefault((n.stage.kind(), n.status, why[n.key], tuple(n.inputs)), []).append(n)
+        groups.setdefault((n.stage.kind(), n.status, _short(why[n.key]), tuple(n.inputs)), []).append(n)
     return list(groups.values())
 
 
-def _reason(made: Plan, node: Node, why: dict[str, str]) -> str:
-    """Why, short: which inputs a stage waits for is seen in their colour."""
-    waits = any(made.nodes[k].status == "run" for _, k, _, _ in node.inputs)
-    return "waits" if waits and why[node.key] == node.why else why[node.key]
+def _short(reason: Reason) -> str:
+    """Why, in a few words: what is new says so once, under the table."""
+    from tutelage.explain import NEW
+
+    return "new" if reason.lead == NEW else reason.text(SHOWN)
 
 
 def _sources(made: Plan, node: Node) -> Text:
