@@ -98,6 +98,19 @@ def choose(text: str, sets: Sequence[str] = (), seeds: Sequence[int] | None = No
     return Chosen(name, goals, given)
 
 
+def skipping(chosen: Chosen) -> Chosen:
+    """The same with ``skip_bad_rows`` set on every stage that has it, as by ``--set``. Raises `UserError` where none has."""
+    goals, sets = [], list(chosen.arguments["set"])
+    for one in chosen.goals:
+        rec = record(one)
+        more = [f"{name}.skip_bad_rows=true" for name, stage in rec["stages"].items() if "skip_bad_rows" in stage]
+        if not more:
+            raise UserError(f"--skip-bad-rows: no stage of recipe {one.recipe!r} reads files with rows to skip; leave it out")
+        goals.append(_edited(rec, [parse_set(s) for s in more]))
+        sets += [s for s in more if s not in sets]
+    return Chosen(chosen.name, goals, {**chosen.arguments, "set": sets})
+
+
 def _from_function(text: str, sets: Sequence[str], seeds: Sequence[int]) -> Any:
     name, function = _from_file(Path(text)) if Path(text).suffix == ".py" else _function(text)
     arguments, edits = _split(name, function, sets)

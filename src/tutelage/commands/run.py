@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tutelage.commands.report import show
 from tutelage.commands.shared import STORE, Cores, Seed, Seeds, Sets, Where, Which, chosen_recipe, console, planned
+
+if TYPE_CHECKING:
+    from tutelage.graph import Plan
+    from tutelage.store import Store
+
+SkipBadRows = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave bad rows of your files out and count them, instead of ending.")
+]
 
 
 def run(
@@ -19,6 +27,7 @@ def run(
     seeds: Seeds = None,
     store: Where = STORE,
     cores: Cores = None,
+    skip_bad_rows: SkipBadRows = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars.")] = False,
     checkpoint_every: Annotated[
         float, typer.Option(metavar="SECONDS", help="Checkpoints of a running stage are at most so far apart.", min=0)
@@ -26,6 +35,10 @@ def run(
 ) -> None:
     """Make what is not made yet, then print the table and write the report. The same command goes on after a stop."""
     chosen = chosen_recipe(recipe, sets, seed, seeds)
+    if skip_bad_rows:
+        from tutelage.catalog import skipping
+
+        chosen = skipping(chosen)
     made = planned(chosen, store)
 
     from tutelage.estimate import Estimator, human_time, summary
@@ -42,6 +55,8 @@ def run(
         outcome = execute(
             made, home, arguments=chosen.arguments, argv=sys.argv, cores=cores, every=checkpoint_every, watcher=watcher
         )
+    for line in _skipped(made, home):
+        out.print(line, highlight=False, markup=False)
     took = human_time(time.monotonic() - watcher.began)
     if outcome.state == "stopped":
         out.print(f"stopped after {took}; run the same command again to go on from the last checkpoints")
@@ -57,3 +72,14 @@ def _failed(failed: dict[str, str], total: int, unmade: int) -> None:
     names = ", ".join(failed)
     rest = f"; {unmade} more were not made" if unmade > 0 else ""
     print(f"error: {len(failed)} of {total} stages failed ({names}){rest}; what was made is kept", file=sys.stderr)
+
+
+def _skipped(made: Plan, home: Store) -> list[str]:
+    """One line for each stage that left rows of its files out."""
+    lines = []
+    for node in made.nodes.values():
+        found = home.meta(node.key)["facts"].get("skipped", {}) if home.has(node.key) else {}
+        if found.get("rows"):
+            why = ", ".join(f"{reason}: {count}" for reason, count in found["reasons"].items())
+            lines.append(f"{node.label} skipped {found['rows']} of {found['of']} rows ({why}); the first: {found['first'][0]}")
+    return lines
