@@ -1,32 +1,165 @@
-"""The model card that every Model artifact carries: what made it, from what, all the way back.
+"""The model card of a Model artifact: what made it, from what, at what cost, and how to load it.
 
-Leaves out: lineage of data and scores, which `tutelage lineage` prints.
+Markdown with the front matter of Hugging Face's model cards, written into the folder of every model port before it is
+published. Content hashes leave cards out, so they may tell of times and hosts.
+
+Leaves out: scores, since a model is evaluated after it is made; cards of data, which `tutelage lineage` prints.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
+from tutelage.ancestry import Ancestry, Link, gather
+from tutelage.estimate import count, human_time, si
 from tutelage.store import Store
 
 
 def card(store: Store, meta: dict[str, Any], port: str) -> str:
-    """A model card: what made this model, from what, all the way back."""
-    ancestors: dict[str, dict[str, Any]] = {}
-    for each in meta["inputs"]:
-        ancestors.update({m["key"]: m for m in store.lineage(each["key"])})
-    lines = [
-        "---",
-        "library_name: transformers",
-        "---",
-        f"# {meta['name']}",
+    """The card of one port of a stage that has been made, and may not be published yet."""
+    of = gather(store, meta)
+    adapter = (store.root / "work" / meta["key"] / port / "adapter_config.json").exists()
+    parts = [
+        *_front(of, adapter),
+        f"# {_plain(meta['name'])}",
         "",
-        f"Port `{port}` of stage `{meta['name']}` (`{meta['kind']}`), made by Tutelage ({meta['code']}).",
+        f"Port `{port}` of stage `{_plain(meta['name'])}` (`{meta['kind']}`, version {meta['version']}), made by Tutelage.",
         "",
-        "| stage | kind | key | from |",
-        "| --- | --- | --- | --- |",
+        *_loading(adapter),
+        *_sources(of),
+        *_data(of),
+        *_making(of),
+        "## Spec",
+        "",
+        "```json",
+        json.dumps(meta["record"], indent=1, ensure_ascii=False),
+        "```",
+        "",
+        *_ancestors(of),
     ]
-    for one in [*ancestors.values(), meta]:
-        parents = ", ".join(dict.fromkeys(f"{i['name']}:{i['port']}" for i in one["inputs"])) or "nothing"
-        lines.append(f"| {one['name']} | `{one['kind']}` | `{one['key'][:12]}` | {parents} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(parts)
+
+
+def base_of(of: Ancestry, adapter: bool) -> str:
+    """The name of the imported folder from which the weights come, as a hub would call it; nothing where they began here.
+
+    An adapter fits one model only: where that is not the import itself, it is named by its stage.
+    """
+    line = [of.root]
+    while parents := [e.key for e in of.links.get(line[-1], ()) if e.role == "parent"]:
+        line.append(parents[0])
+    if adapter and len(line) > 2:
+        return of.names[line[1]]
+    first = of.metas.get(line[-1], {})
+    path, outputs = first.get("record", {}).get("path"), first.get("outputs", {}).values()
+    imported = path and any(isinstance(o, dict) and o.get("base_key") for o in outputs)
+    return hub_name(path) if imported else of.names[line[1]] if adapter and line[1:] else ""
+
+
+def hub_name(folder: str) -> str:
+    """``Qwen/Qwen3-0.6B`` for ``models--Qwen--Qwen3-0.6B/snapshots/...`` in the hub's cache; else the folder's own name."""
+    cached = re.search(r"models--([^/]+)/snapshots/", folder)
+    return cached[1].replace("--", "/", 1) if cached else Path(folder).name
+
+
+def _front(of: Ancestry, adapter: bool) -> Iterator[str]:
+    """YAML, of which JSON's strings and lists are a part."""
+    meta = of.metas[of.root]
+    base = base_of(of, adapter)
+    body: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    body |= {"base_model": base} if base else {}
+    body |= {"tags": ["tutelage", meta["kind"].rpartition(".")[2].lower(), *(["lora"] if adapter else [])]}
+    yield from ("---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()), "---")
+
+
+def _loading(adapter: bool) -> Iterator[str]:
+    library, cls = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    yield from ("## Load it", "", "With `FOLDER` the folder of this file:", "", "```python")
+    yield from (f"from {library} import {cls}" + (", AutoTokenizer" if not adapter else ""),)
+    loaded = f"model = {cls}.from_pretrained(FOLDER)"
+    yield from (loaded if adapter else f"{loaded}; tokenizer = AutoTokenizer.from_pretrained(FOLDER)", "```", "")
+
+
+def _sources(of: Ancestry) -> Iterator[str]:
+    """What the stage itself was made from."""
+    links = of.links[of.root]
+    if not links:
+        yield from ("Made from nothing but its spec.", "")
+        return
+    yield from ("## Made from", "")
+    rows = [(e.role + (f" of {e.detail}" if e.detail else ""), e.label, e.key, _content(of, e)) for e in links]
+    yield from _table(("role", "artifact", "key", "content"), rows)
+
+
+def _content(of: Ancestry, link: Link) -> str:
+    """The content hash of what an edge names."""
+    folder = link.port if link.step is None else f"{link.port}@{link.step}"
+    return of.metas.get(link.key, {}).get("content", {}).get(folder, of.gone.get(link.key, ""))
+
+
+def _data(of: Ancestry) -> Iterator[str]:
+    """Every data port that the model or one of its ancestors has read, and who read it."""
+    ports: dict[tuple[str, str], list[Link]] = {}
+    for link in of:
+        if link.role in ("data", "selection") and link.child in of.flowing:
+            ports.setdefault((link.key, link.port), []).append(link)
+    if not ports:
+        return
+    yield from ("## Data that it or an ancestor has read", "")
+    rows = []
+    for (key, port), links in ports.items():
+        outputs = of.metas.get(key, {}).get("outputs", {}).get(port, {})
+        readers = dict.fromkeys(of.names[e.child] + (" (to select)" if e.role == "selection" else "") for e in links)
+        n = f"{outputs['rows']:,}" if isinstance(outputs, dict) and outputs.get("rows") else ""
+        rows.append((links[0].label, n, ", ".join(readers), key, _content(of, links[0])))
+    yield from _table(("artifact", "rows", "read by", "key", "content"), rows)
+
+
+def _making(of: Ancestry) -> Iterator[str]:
+    """Cost, code, libraries, place and time."""
+    meta, all_of = of.metas[of.root], [m for k, m in of.metas.items() if k in of.flowing]
+    cost = meta["cost"]
+    tokens = ", ".join(f"{n:,} tokens {what}" for what, n in cost.get("tokens", {}).items())
+    spent, took = (sum(m.get("cost", {}).get("flops", 0) for m in all_of), sum(m.get("seconds", 0) for m in all_of))
+    versions = ", ".join(f"{package} {version}" for package, version in meta["versions"].items() if version)
+    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(meta["finished"]))
+    yield from ("## How it was made", "")
+    yield (
+        f"- cost: {si(cost['flops'])}FLOP (algorithmic)"
+        + (f", {tokens}" if tokens else "")
+        + f", {human_time(meta['seconds'])}"
+    )
+    yield f"- with all it was made from: {count(len(all_of), 'stage')}, {si(spent)}FLOP, {human_time(took)}"
+    yield f"- code: {meta['code']}; {versions}"
+    yield f"- finished: {made} on {meta['host']}, {count(meta['threads'], 'thread')}"
+    yield from (f"- key: {of.root}", "")
+
+
+def _ancestors(of: Ancestry) -> Iterator[str]:
+    """Every stage, ancestors first."""
+    rows = []
+    for key, meta in of.metas.items():
+        made_from = ", ".join(f"{e.role} {e.label}" for e in of.links[key]) or "nothing"
+        spent = si(meta.get("cost", {}).get("flops", 0)).strip()
+        seconds = human_time(meta.get("seconds", 0))
+        rows.append((meta["name"], meta["kind"], key[:12], made_from, spent, seconds, str(meta.get("code", ""))))
+    yield from ("## Ancestry", "")
+    yield from _table(("stage", "kind", "key", "from", "FLOP", "time", "code"), rows)
+    for key, why in of.gone.items():
+        yield from (f"{_plain(of.names[key])} `{key}` is {why}: what it was made from is not known.", "")
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    for row in (head, tuple("---" for _ in head), *rows):
+        yield "| " + " | ".join(map(_plain, row)) + " |"
+    yield ""
+
+
+def _plain(text: str) -> str:
+    """A cell of a table on one line."""
+    return " ".join(text.split()).replace("|", "\\|")

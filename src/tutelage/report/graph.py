@@ -1,8 +1,8 @@
-"""A recipe's graph as inline SVG: layered left to right, who starts from whom, who teaches whom, which data feeds what.
+"""A graph of stages as inline SVG: layered left to right, who starts from whom, who teaches whom, which data feeds what.
 
 Layered drawing after Sugiyama: longest-path layers, dummy nodes on edges that skip layers, barycentre sweeps against
-crossings, and heights by least squares under a minimal distance (pool adjacent violators). Evaluations are not nodes: a
-checkpoint names the rows of the table that measure it. Edges that only bound a stage's compute are faint.
+crossings, and heights by least squares under a minimal distance (pool adjacent violators). In a recipe's graph evaluations
+are not nodes: a checkpoint names the rows of the table that measure it. Edges that only bound a stage's compute are faint.
 
 Colours are CSS classes (report.css), so that the drawing follows the page's light or dark theme. Leaves out: interaction,
 and graphs of more than `LIMIT` nodes, which the page lists instead.
@@ -39,10 +39,12 @@ class Node:
     layer: int = 0
     y: float = 0.0
     dummy: bool = False
-    kind: str = ""
+    line: str = ""
+    """What stands under the name."""
+    title: str = ""
+    """What is shown when it is pointed at."""
     role: str = ""
-    rows: list[str] = field(default_factory=list)
-    status: str = ""
+    """``before`` | ``after`` | ``teacher`` | ``control`` | ``data``: how it looks."""
     enter: int = 0
     leave: int = 0
 
@@ -108,11 +110,12 @@ def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
         roles = [table.role(r) for r in rows.get(name, []) if table.role(r)]
         trained = name in makers or any(link.target == name for link in links.values())
         role = roles[0] if roles else "" if trained else "data"
-        kind = str(spec.get("kind", "")).rpartition(".")[2]
-        nodes[name] = Node(name, kind=kind, role=role, rows=rows.get(name, []), status=status.get(name, ""))
-    for name, node in nodes.items():
-        node.enter = sum(link.target == name for link in links.values())
-        node.leave = len({(link.role, link.label) for link in links.values() if link.source == name})
+        second = {"before": "before", "after": "student", "teacher": "teacher", "control": "control"}.get(role, "")
+        state = status.get(name, "")
+        parts = (str(spec.get("kind", "")).rpartition(".")[2], second, state if state != "stored" else "")
+        line = " · ".join(p for p in parts if p)
+        named = f"rows of the table: {', '.join(rows[name])}" if rows.get(name) else "not in the table"
+        nodes[name] = Node(name, line=line, title=f"{name} ({line}); {named}", role=role)
     return Drawing(nodes, list(links.values()))
 
 
@@ -121,6 +124,9 @@ def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
 
 def arrange(drawing: Drawing) -> None:
     """Gives every node its layer and height, in place."""
+    for name, node in drawing.nodes.items():
+        node.enter = sum(link.target == name for link in drawing.links)
+        node.leave = len({(link.role, link.label) for link in drawing.links if link.source == name})
     _layers(drawing)
     _bend(drawing)
     columns = _columns(drawing)
@@ -218,38 +224,47 @@ def isotonic(values: list[float]) -> list[float]:
 
 
 def svg(replicate: Replicate, status: dict[str, str]) -> str:
-    """The graph as an ``<svg>``; empty where there is nothing, or too much, to draw."""
+    """A recipe's graph as an ``<svg>``; empty where there is nothing, or too much, to draw."""
     drawing = build(replicate, status)
-    if not drawing.nodes or len(drawing.nodes) > LIMIT:
-        return ""
+    return draw(drawing, "Graph of the recipe") if drawing.nodes and len(drawing.nodes) <= LIMIT else ""
+
+
+def draw(drawing: Drawing, called: str) -> str:
+    """Arranges a drawing and writes it as an ``<svg>`` in the style of report.css."""
     arrange(drawing)
     width, height = drawing.size
-    spoken = "; ".join(f"{link.source} {link.label or link.role} → {link.target}" for link in drawing.links)
+    spoken = "; ".join(_spoken(drawing, link) for link in drawing.links)
     heads = "".join(
         f'<marker id="head-{_css(role)}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0.5L8 4L0 7.5z" class="head {_css(role)}"/></marker>'
         for role in VERBS
     )
-    exits = _exits(drawing)
+    exits = leaving(drawing)
     links = "".join(
         _link(drawing, link, exits) for link in sorted(drawing.links, key=lambda e: e.role not in ("data", "budget"))
     )
     nodes = "".join(_node(n) for n in drawing.nodes.values() if not n.dummy)
     size = f'style="min-width:{0.85 * width:.0f}px;max-width:{width:.0f}px" viewBox="0 0 {width:.0f} {height:.0f}"'
-    label = escape(f"Graph of the recipe: {spoken}")
+    label = escape(f"{called}: {spoken}")
     drawn = f"<defs>{heads}</defs>{links}{_labels(drawing, exits)}{nodes}"
     return f'<svg class="graph" {size} role="img" aria-label="{label}">{drawn}</svg>'
+
+
+def _spoken(drawing: Drawing, link: Link) -> str:
+    ends = [drawing.nodes[end].name for end in (link.source, link.target)]
+    return f"{ends[0]} {link.label or link.role} → {ends[1]}"
 
 
 def _css(role: str) -> str:
     return role.replace(" ", "-")
 
 
+Point = tuple[float, float]
 Exits = dict[tuple[str, str, str], float]
 """(source, role, label) -> height at which its links leave"""
 
 
-def _exits(drawing: Drawing) -> Exits:
+def leaving(drawing: Drawing) -> Exits:
     """Different kinds of link leave a stage apart."""
     kinds: dict[str, list[tuple[str, str]]] = {}
     for link in drawing.links:
@@ -277,46 +292,54 @@ def _entries(drawing: Drawing, link: Link) -> float:
     return node.y + node.height * (mine.index(link) + 1) / (len(mine) + 1)
 
 
-def _link(drawing: Drawing, link: Link, exits: Exits) -> str:
+def route(drawing: Drawing, link: Link, exits: Exits) -> list[tuple[Point, Point, Point, Point]]:
+    """A link as cubic Bézier curves, one after another (end, handles, end); along a bend they are straight."""
     source, target = drawing.nodes[link.source], drawing.nodes[link.target]
-    x, y = source.x + WIDTH, exits[link.source, link.role, link.label]
-    path = f"M{x:.1f} {y:.1f}"
+    at, found = (source.x + WIDTH, exits[link.source, link.role, link.label]), []
     for name in link.through:
         bend = drawing.nodes[name]
-        path += _curve(x, y, bend.x, bend.y + 3) + f"L{bend.x + WIDTH:.1f} {bend.y + 3:.1f}"
-        x, y = bend.x + WIDTH, bend.y + 3
-    path += _curve(x, y, target.x - 1, _entries(drawing, link))
-    title, role = escape(f"{link.source} {link.label or link.role} → {link.target}"), _css(link.role)
+        first, last = (bend.x, bend.y + 3), (bend.x + WIDTH, bend.y + 3)
+        found += [_curve(at, first), _curve(first, last)]
+        at = last
+    return [*found, _curve(at, (target.x - 1, _entries(drawing, link)))]
+
+
+def _curve(start: Point, end: Point) -> tuple[Point, Point, Point, Point]:
+    middle = (start[0] + end[0]) / 2
+    return start, (middle, start[1]), (middle, end[1]), end
+
+
+def _link(drawing: Drawing, link: Link, exits: Exits) -> str:
+    curves = route(drawing, link, exits)
+    further = "".join("C" + " ".join(f"{x:.1f} {y:.1f}" for x, y in curve[1:]) for curve in curves)
+    path = "M{:.1f} {:.1f}".format(*curves[0][0]) + further
+    title, role = escape(_spoken(drawing, link)), _css(link.role)
     return f'<path class="link {role}" d="{path}" marker-end="url(#head-{role})"><title>{title}</title></path>'
 
 
-def _curve(x: float, y: float, to_x: float, to_y: float) -> str:
-    middle = (x + to_x) / 2
-    return f"C{middle:.1f} {y:.1f} {middle:.1f} {to_y:.1f} {to_x:.1f} {to_y:.1f}"
+def said(drawing: Drawing, exits: Exits) -> list[tuple[float, float, str, str]]:
+    """(x, y, role, text): one label where links of a kind leave a stage."""
+    made = []
+    for (source, role, label), y in exits.items():
+        label = label if len(label) <= 15 else label.removeprefix(f"{VERBS[role]} ")
+        made.append((drawing.nodes[source].x + WIDTH + 5, y - 3, role, short(label, 17)))
+    return made
 
 
 def _labels(drawing: Drawing, exits: Exits) -> str:
-    """One label where links of a kind leave a stage."""
-    made = []
-    for (source, role, label), y in exits.items():
-        x = drawing.nodes[source].x + WIDTH + 5
-        label = label if len(label) <= 15 else label.removeprefix(f"{VERBS[role]} ")
-        made.append(f'<text class="say {_css(role)}" x="{x:.1f}" y="{y - 3:.1f}">{escape(_short(label, 17))}</text>')
-    return "".join(made)
+    each = said(drawing, exits)
+    return "".join(f'<text class="say {_css(r)}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>' for x, y, r, text in each)
 
 
 def _node(node: Node) -> str:
-    second = {"before": "before", "after": "student", "teacher": "teacher", "control": "control"}.get(node.role, "")
-    line = " · ".join(p for p in (node.kind, second, node.status if node.status != "stored" else "") if p)
-    title = f"{node.name} ({line})" + (f"; rows of the table: {', '.join(node.rows)}" if node.rows else "; not in the table")
     middle = node.y + node.height / 2
     return (
-        f'<g class="node {_css(node.role) or "plain"}"><title>{escape(title)}</title>'
+        f'<g class="node {_css(node.role) or "plain"}"><title>{escape(node.title)}</title>'
         f'<rect x="{node.x:.1f}" y="{node.y:.1f}" width="{WIDTH}" height="{node.height:.1f}" rx="7"/>'
-        f'<text class="name" x="{node.x + 10:.1f}" y="{middle - 3:.1f}">{escape(_short(node.name, 18))}</text>'
-        f'<text class="line" x="{node.x + 10:.1f}" y="{middle + 13:.1f}">{escape(_short(line, 24))}</text></g>'
+        f'<text class="name" x="{node.x + 10:.1f}" y="{middle - 3:.1f}">{escape(short(node.name, 18))}</text>'
+        f'<text class="line" x="{node.x + 10:.1f}" y="{middle + 13:.1f}">{escape(short(node.line, 24))}</text></g>'
     )
 
 
-def _short(text: str, length: int) -> str:
+def short(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,7 +1,7 @@
 """Reading a run from the store: the record's graph, scores, replies and tasks.
 
-What an edge is for (start, teacher, data, ...) is read from the path of the field that holds it, since the store has no
-idea of stages. Everything here is tolerant: what is not there yet reads as nothing.
+What an edge is for (start, teacher, data, ...) is read from the path of the field that holds it (ancestry.py). Everything
+here is tolerant: what is not there yet reads as nothing.
 
 Leaves out: what the numbers mean (data.py, stats.py) and drawing.
 """
@@ -9,24 +9,16 @@ Leaves out: what the numbers mean (data.py, stats.py) and drawing.
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from tutelage.ancestry import part, part_detail
 from tutelage.store import Store
 
 JSON = dict[str, Any]
-ROLES = (
-    ("budget", re.compile(r"budget|compute")),
-    ("teacher", re.compile(r"teacher|expert|specialist")),
-    ("scored by", re.compile(r"judge|verif|scorer|reward|rater")),
-    ("reference", re.compile(r"reference|(^|\.)ref($|\.)")),
-    ("data", re.compile(r"task|data|prompt|gold|corpus|text|mixture|example|rollout|trace")),
-)
-MODEL_PORT = re.compile(r"policy|model|value|student|merge|average")
 
 
 # --- the run and its graph -----------------------------------------------------------------------------------------------
@@ -44,16 +36,12 @@ class Edge:
     @property
     def role(self) -> str:
         """``start`` | ``teacher`` | ``data`` | ``scored by`` | ``reference`` | ``budget``: by the path, then the port."""
-        for name, pattern in ROLES:
-            if pattern.search(self.path.lower()):
-                return name
-        return "start" if MODEL_PORT.search(self.port) else "data"
+        return part(self.path, self.port)
 
     @property
     def detail(self) -> str:
         """What the path adds to the role: ``sum`` of ``credit.teachers.sum``."""
-        last = self.path.rpartition(".")[2]
-        return last if self.role == "teacher" and "." in self.path and not last.isdigit() else ""
+        return part_detail(self.path, self.port)
 
     @property
     def label(self) -> str:
