@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 
 from tutelage.graph import Node, Plan
+from tutelage.index import summaries
 from tutelage.store import Store
 
 DEFAULT_RATE = 20e9
@@ -23,9 +24,9 @@ class Estimator:
     def __init__(self, store: Store | None = None):
         self._rates: dict[tuple[str, str], list[float]] = {}
         self._times: dict[tuple[str, str], list[float]] = {}
-        for meta in store.metas() if store else ():
-            flops = meta.get("estimate") or meta.get("cost", {}).get("flops", 0.0)
-            self.observe(meta["kind"], meta["name"], flops, meta.get("threads", 1), meta.get("seconds", 0.0))
+        for made in summaries(store).values() if store else ():
+            if not made.damaged:
+                self.observe(made.kind, made.name, made.estimate or made.flops, made.threads, made.seconds)
 
     def observe(self, kind: str, name: str, flops: float, threads: int, seconds: float) -> None:
         """Learns from a stage that has ended."""
