@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "stages": LOW | {"graph", "model", "learn", "rollout", "envs", "context"},
     "recipes": LOW | {"graph", "model", "learn", "rollout", "envs", "stages"},
     "ancestry": {"spec", "store"},
-    "report": {"spec", "store", "ancestry"},
+    "report": {"spec", "store", "ancestry", "index", "explain"},
     "estimate": {"spec", "graph", "store", "index"},
     "explain": {"spec", "graph", "store", "index"},
     "card": {"spec", "store", "ancestry", "estimate"},

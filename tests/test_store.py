@@ -16,6 +16,7 @@ import pytest
 from tests import toy
 from tutelage.context import Context, Stopped
 from tutelage.files import read_jsonl, write_json
+from tutelage.locks import Holder
 from tutelage.spec import UserError
 from tutelage.store import Store
 
@@ -40,7 +41,7 @@ def fill(store: Store, key: str, **more: Any) -> None:
 
 def test_a_store_of_another_format_is_refused(store):
     write_json(store.root / "format", {"format": 99})
-    with pytest.raises(UserError, match=r"has format 99, this version reads 1; use another --store"):
+    with pytest.raises(UserError, match=r"has format 99, this version reads 1; install the newer Tutelage"):
         Store(store.root)
 
 
@@ -77,8 +78,8 @@ def test_a_folder_with_a_room_of_other_things_is_left_alone(tmp_path):
 def test_runs_that_cannot_be_written_are_named(store):
     (store.root / "runs").rmdir()
     (store.root / "runs").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*runs"):
-        store.new_run("r", {})
+    with pytest.raises(UserError, match=r"cannot write to the store: .*runs.*; give --store a folder that can be written"):
+        store.ready()
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
@@ -197,17 +198,19 @@ def test_json_is_never_seen_in_part(store):
 def test_only_one_at_a_time_holds_a_lock(store):
     asked = []
 
-    def give_up() -> None:
-        asked.append(1)
+    def give_up(holder: Holder) -> None:
+        asked.append(holder)
         raise Stopped
 
-    with store.lock("k"):
+    assert store.holder("k") is None
+    with store.lock("k", "the first"):
         other = Store(store.root)
-        with pytest.raises(Stopped), other.lock("k", give_up):
+        with pytest.raises(Stopped), other.lock("k", waiting=give_up):
             pass
-    assert asked
-    with store.lock("k", give_up):
-        pass
+    assert (asked[0].pid, asked[0].what, asked[0].stalled) == (os.getpid(), "the first", False)
+    assert store.holder("k") is None
+    with store.lock("k", waiting=give_up):
+        assert store.holder("k") is not None
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

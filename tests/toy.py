@@ -216,3 +216,24 @@ def small(seed: int = 0, steps: int = 10, pause: float = 0.0) -> Goals:
 
 def stages(goals: Goals) -> dict[str, Stage]:
     return {s.name: s for s in order(at.of for at in all_goals(goals))}
+
+
+class Fat(Stage):
+    """Writes a megabyte a step, in checkpoints and at the end: what a small disk does not hold."""
+
+    steps: int = 6
+    outputs: ClassVar[dict[str, Kind]] = {"data": "data"}
+
+    def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
+        return {"data": DataType(("x",), ())}
+
+    def run(self, ctx: Any) -> None:
+        step, _ = ctx.resume()
+        while step < self.steps:
+            step += 1
+            ctx.log(step, value=step)
+            ctx.boundary(step, lambda folder: self.write(folder / "state", step))
+        self.write(ctx.output("data") / "all", step)
+
+    def write(self, file: Path, step: int) -> None:
+        file.write_bytes(bytes([step]) * (step << 20))

@@ -9,12 +9,13 @@ Leaves out: the commands themselves (commands/); catalog.py finds recipes, run.p
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
-from tutelage.commands import lineage, plan, recipes, report, run
+from tutelage.commands import compare, lineage, plan, recipes, report, run, store
 from tutelage.spec import UserError
 
 app = typer.Typer(
@@ -24,8 +25,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run.run, plan.plan, report.report, lineage.lineage, recipes.recipes):
+for command in (run.run, plan.plan, report.report, compare.compare, lineage.lineage, recipes.recipes):
     app.command()(command)
+app.add_typer(store.app)
 
 
 def _version(asked: bool) -> None:
@@ -48,6 +50,13 @@ def main() -> NoReturn:
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,8 +8,8 @@ Leaves out: scheduling (run.py).
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutelage.files import sync, write_json
+from tutelage.files import Trouble, append_line, read_object, sync, sync_folder, trouble, write_json
 from tutelage.graph import At, Stage, key
+from tutelage.spec import UserError, content_hash
 from tutelage.store import Store
 
 
@@ -89,9 +90,8 @@ class Context:
 
     def log(self, step: int, **metrics: Any) -> None:
         """One line of metrics."""
-        with self._metrics.open("a") as file:
-            line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **line}) + "\n")
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+        append_line(self._metrics, {"step": step, "time": round(time.time(), 3), **line})
 
     def progress(self, step: int, total: int, **shown: Any) -> None:
         """What the progress bar shows: step of total, and a few named numbers."""
@@ -105,7 +105,10 @@ class Context:
         for extra in self.work.glob(".checkpoint*"):
             shutil.rmtree(extra)
         for folder in reversed(found):
-            state = json.loads((folder / "context.json").read_text())
+            state = _sound(folder)
+            if state is None:
+                shutil.rmtree(folder)
+                continue
             self.cost = Cost(**state["cost"])
             self.facts = state["facts"]
             self._earlier = state["seconds"]
@@ -114,6 +117,7 @@ class Context:
                     file.truncate(state["metrics"])
             return state["step"], folder
         self._metrics.unlink(missing_ok=True)
+        self.cost, self.facts, self._earlier = Cost(), {}, 0.0
         return 0, None
 
     def boundary(self, step: int, save: Callable[[Path], None]) -> None:
@@ -122,19 +126,45 @@ class Context:
         if not stop and time.monotonic() - self._saved < self._every:
             return
         fresh = self.work / f".checkpoint-{step}"
+        try:
+            self._checkpoint(step, fresh, save)
+        except BaseException as error:
+            why = trouble(error, self.work)  # asked before there is room again
+            shutil.rmtree(fresh, ignore_errors=True)
+            if why:
+                raise Trouble(why) from error
+            raise
+        self._saved = time.monotonic()
+        if stop:
+            raise Stopped(f"{self.stage.name} stopped after step {step}")
+
+    def _checkpoint(self, step: int, fresh: Path, save: Callable[[Path], None]) -> None:
+        """The new one is whole, on disk and in place before the old one goes."""
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
         save(fresh)
-        size = self._metrics.stat().st_size if self._metrics.exists() else 0
+        size = 0
+        if self._metrics.exists():
+            with self._metrics.open("rb") as file:
+                os.fsync(file.fileno())
+                size = file.seek(0, os.SEEK_END)
         state = {"step": step, "metrics": size, "cost": asdict(self.cost), "facts": self.facts, "seconds": self.seconds}
-        write_json(fresh / "context.json", state)
+        write_json(fresh / "context.json", {**state, "content": content_hash(fresh)})
         sync(fresh)
         target = self.work / f"checkpoint-{step}"
         shutil.rmtree(target, ignore_errors=True)
         fresh.rename(target)
+        sync_folder(self.work)
         for old in self.work.glob("checkpoint-*"):
             if old != target:
                 shutil.rmtree(old)
-        self._saved = time.monotonic()
-        if stop:
-            raise Stopped(f"{self.stage.name} stopped after step {step}")
+
+
+def _sound(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of itself; None where it is not what was written (a failing disk, a power cut)."""
+    try:
+        state = read_object(folder / "context.json")
+        whole = state.get("content") in (None, content_hash(folder, leave_out=("context.json",)))
+    except (UserError, OSError):
+        return None
+    return state if whole else None

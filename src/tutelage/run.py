@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from tutelage.estimate import Estimator, priorities, slots, waits
 from tutelage.graph import Node, Plan, all_goals, key, order, record
+from tutelage.spec import UserError
 from tutelage.store import Store
 
 Event = dict[str, Any]
@@ -68,10 +69,12 @@ class Outcome:
     """Labels of the stages made by this run."""
     signal: int = 0
     """The signal that stopped it."""
+    users: bool = False
+    """Whether everything that failed is the user's to mend: bad input, a full disk."""
 
     @property
     def exit_code(self) -> int:
-        return {"done": 0, "failed": 1, "stopped": 128 + self.signal}[self.state]
+        return {"done": 0, "failed": 2 if self.users else 1, "stopped": 128 + self.signal}[self.state]
 
 
 def run(
@@ -86,23 +89,39 @@ def run(
 ) -> Outcome:
     """Makes everything the plan says and saves the run. A failing stage is told in the outcome, not raised.
 
-    ``cores`` is shared by all stages that run at one time; checkpoints are at most ``every`` seconds apart.
+    ``cores`` is shared by all stages that run at one time; checkpoints are at most ``every`` seconds apart. Raises
+    `UserError` where the store cannot be written, before any work.
     """
+    store.ready()
     body = describe(plan, arguments or {}, argv or [])
     name = store.new_run(body["recipe"], body)
-    store.event("run started", run=name)
-    outcome = Outcome(name, state="failed")
-    scheduler = Scheduler(plan, store, cores or core_count(), every, watcher or Silent())
-    try:
-        scheduler.go()
-        state = "stopped" if scheduler.signal else "failed" if scheduler.failed else "done"
-        outcome = Outcome(name, state, scheduler.failed, scheduler.made, scheduler.signal)
-    finally:
-        ended = time.time()
-        body.update(finished=ended, seconds=round(ended - body["started"], 3), state=outcome.state, failed=outcome.failed)
-        store.save_run(name, body)
-        store.event("run ended", run=name, state=outcome.state)
+    with store.lock(f"run.{name}", name):
+        began = time.monotonic()
+        outcome = Outcome(name, state="failed")
+        try:
+            store.event("run started", run=name)
+            _still_there(plan, store)
+            scheduler = Scheduler(plan, store, cores or core_count(), every, watcher or Silent(), name)
+            scheduler.go()
+            state = "stopped" if scheduler.signal else "failed" if scheduler.failed else "done"
+            outcome = Outcome(name, state, scheduler.failed, scheduler.made, scheduler.signal, scheduler.users)
+        finally:
+            took = round(time.monotonic() - began, 3)
+            body.update(finished=time.time(), seconds=took, state=outcome.state, failed=outcome.failed)
+            with suppress(OSError):  # what ended the run has been told; a run that cannot say so counts as interrupted
+                store.save_run(name, body)
+                store.event("run ended", run=name, state=outcome.state)
     return outcome
+
+
+def _still_there(plan: Plan, store: Store) -> None:
+    """Raises `UserError` where what the plan builds on has been removed since: a collection that had begun ends first."""
+    with store.lock("gc"):
+        pass
+    needed = {k for n in plan.todo for _, k, _, _ in n.inputs} | {key(at.of) for one in plan.goals for at in all_goals(one)}
+    gone = [n.label for n in plan.nodes.values() if n.key in needed and n.status == "stored" and not store.has(n.key)]
+    if gone:
+        raise UserError(f"{', '.join(gone[:3])} went from the store while this run was planned; run the same command again")
 
 
 def describe(plan: Plan, arguments: dict[str, Any], argv: list[str]) -> dict[str, Any]:
@@ -207,9 +226,9 @@ class Hand:
 class Scheduler:
     """Gives the plan's stages to workers until nothing can start and nothing runs."""
 
-    def __init__(self, plan: Plan, store: Store, cores: int, every: float, watcher: Watcher):
+    def __init__(self, plan: Plan, store: Store, cores: int, every: float, watcher: Watcher, run: str = ""):
         self.plan, self.store, self.cores, self.watcher = plan, store, cores, watcher
-        self.hello = {"store": str(store.root), "every": every, "code": code_version()}
+        self.hello = {"store": str(store.root), "every": every, "code": code_version(), "run": run}
         todo = plan.todo
         first = priorities(todo, Estimator(store).seconds)
         self.left = waits(todo)
@@ -219,6 +238,7 @@ class Scheduler:
         self.home = _homes(plan)
         self.failed: dict[str, str] = {}
         self.made: list[str] = []
+        self.users = True  # as long as nothing else has failed
         self.signal = 0  # the first one that came
         self.asked, self.told = 0, False
         self.poll = selectors.DefaultSelector()
@@ -294,6 +314,9 @@ class Scheduler:
                 ends.discard(node.key)
         elif what == "failed":
             self.failed[node.label] = event["message"]
+            self.users = self.users and event.get("user", False)
+            if event.get("ends"):  # the next stage would meet the same full disk
+                self.ready.clear()
         elif what == "stopped" and not self.signal:  # a batch system may signal the workers alone
             self._heard(signal.SIGTERM, None)
         self.watcher.event(node, event)
@@ -307,9 +330,11 @@ class Scheduler:
             self.watcher.event(node, {"event": "stopped", "key": node.key})
         elif node:
             why = "its worker died (killed, or out of memory?); run the same command again to go on from its last checkpoint"
-            log = self.store.work(node.key) / "log.txt"
+            log = self.store.root / "work" / node.key / "log.txt"
             self.failed[node.label] = why
-            self.store.event("stage died", key=node.key, stage=node.label, exit=hand.process.returncode)
+            self.users = False
+            with suppress(OSError):
+                self.store.event("stage died", key=node.key, stage=node.label, exit=hand.process.returncode)
             event = {"event": "died", "key": node.key, "message": why}
             self.watcher.event(node, {**event, "log": str(log)} if log.exists() and log.stat().st_size else event)
 

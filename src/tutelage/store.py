@@ -5,17 +5,18 @@ Layout::
     format                  {"format": 1}
     artifacts/KEY/          artifact.json, metrics.jsonl, log.txt, one folder per port (a Hugging Face folder, Parquet, scores)
     work/KEY/               the same while it is being made, with checkpoint-STEP/
-    runs/RUN.json           what a run was asked for and which keys answer it
+    runs/RUN.json           what a run was asked for and which keys answer it; runs/order: their names, oldest first
     events/HOST-PID.jsonl   what happened, in order, per process
-    locks/KEY.lock
+    locks/                  KEY.lock while a stage is made, run.RUN.lock while a run lives; who holds one is in the .json beside
 
-An artifact is visible when its folder has been renamed into ``artifacts``; its content is on disk before that.
-Keys and artifacts are all the store knows: it has no idea of stages. Leaves out: garbage collection and verification.
+An artifact is visible when its folder has been renamed into ``artifacts``; its content is on disk before that. It goes by
+being renamed away. No order is taken from a clock where there is another way to know it: clocks jump.
+Keys and artifacts are all the store knows: it has no idea of stages. Leaves out: verification and garbage collection
+(upkeep.py), and how locks work (locks.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -25,11 +26,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tutelage.files import read_jsonl, read_object, sync, sync_folder, write_json
-from tutelage.spec import UserError, content_hash, suggest
+from tutelage.files import append_line, read_jsonl, read_object, sync, sync_folder, trouble, write_json
+from tutelage.locks import Holder, held, hold
+from tutelage.spec import UserError, content_hash, digest, suggest
 
 FORMAT = 1
 PARTS = ("artifacts", "work", "runs", "events", "locks")
+MEND = "give --store a folder that can be written, or mend this one"
 
 
 class Store:
@@ -41,7 +44,9 @@ class Store:
         if mark.exists():
             found = read_object(mark).get("format")
             if found != FORMAT:
-                raise UserError(f"the store {self.root} has format {found}, this version reads {FORMAT}; use another --store")
+                newer = isinstance(found, int) and found > FORMAT
+                fix = "install the newer Tutelage that made it, or give another --store" if newer else "give another --store"
+                raise UserError(f"the store {self.root} has format {found}, this version reads {FORMAT}; {fix}")
             return
         if self._has_other_things() and not mark.exists():  # another process may just have made it
             raise UserError(f"{self.root} is neither empty nor a store; give --store another folder")
@@ -52,6 +57,24 @@ class Store:
                 write_json(mark, {"format": FORMAT})
             except OSError as error:
                 raise UserError(f"cannot make a store in {self.root}: {error.strerror}; give --store another folder") from None
+
+    def ready(self) -> None:
+        """Raises `UserError` unless this process can write here, lock here, and has a temp folder: asked before any work."""
+        import tempfile
+
+        try:
+            for part in PARTS:
+                (self.root / part).mkdir(exist_ok=True)
+            write_json(self.root / "work" / ".probe", {})
+            (self.root / "work" / ".probe").unlink()
+        except OSError as error:
+            raise UserError(f"cannot write to the store: {trouble(error, self.root) or error}; {MEND}") from None
+        with self.lock("probe"):
+            pass
+        try:
+            tempfile.gettempdir()
+        except OSError:
+            raise UserError("no temp folder can be written; set TMPDIR to a folder that can") from None
 
     def _has_other_things(self) -> bool:
         """Whether there is more in the folder than a store that is just being made, or whose making was cut short."""
@@ -96,7 +119,10 @@ class Store:
         return []
 
     def find(self, text: str) -> str:
-        """The key that a key prefix or a stage name stands for (the newest of that name). Raises `UserError`."""
+        """The key that a key prefix or a stage name stands for (that of the newest run, else the one last made).
+
+        Raises `UserError`.
+        """
         keys = self.keys()
         near = [k for k in keys if k.startswith(text)] if len(text) >= 4 else []
         if len(near) == 1:
@@ -107,6 +133,10 @@ class Store:
         named = [m for m in metas if m["name"] == text]
         if not named:
             raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {m['name'] for m in metas})}")
+        for run in reversed(self.runs()):
+            for goals in self._goals(run):
+                if self.has(found := str(goals.get("keys", {}).get(text, ""))):
+                    return found
         return max(named, key=lambda m: m["finished"])["key"]
 
     def keys(self) -> list[str]:
@@ -136,9 +166,13 @@ class Store:
         Checkpoints go last, so that a kill before the rename loses no work.
         """
         work, final = self.root / "work" / key, self.folder(key)
+        for cut_short in work.glob(".*.json.*"):
+            cut_short.unlink()
         ports = sorted(p for p in work.iterdir() if p.is_dir() and "checkpoint-" not in p.name)
+        beside = sorted(p for p in work.iterdir() if p.is_file() and p.name != "artifact.json")
         meta = {**meta, "key": key, "content": {p.name: content_hash(p, leave_out=("README.md",)) for p in ports}}
-        write_json(work / "artifact.json", meta)
+        meta["beside"] = {p.name: content_hash(p) for p in beside}
+        write_json(work / "artifact.json", {**meta, "seal": seal(meta)})
         sync(work)
         if final.exists() and not self.has(key):  # a removal that was cut short
             shutil.rmtree(final)
@@ -147,54 +181,58 @@ class Store:
         for stale in (*final.glob("checkpoint-*"), *final.glob(".checkpoint-*")):
             shutil.rmtree(stale)
 
-    @contextmanager
-    def lock(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Holds the right to make a key; while another process holds it, calls ``waiting``, which may raise to give up."""
-        from filelock import FileLock, Timeout
+    def remove(self, key: str) -> None:
+        """Takes an artifact away: out of sight in one rename, then deleted."""
+        gone = self.root / "work" / f".removed-{key}.{os.getpid()}"
+        os.replace(self.folder(key), gone)
+        shutil.rmtree(gone)
 
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
-        while True:
-            try:
-                lock.acquire(timeout=0.2)
-                break
-            except Timeout:
-                waiting()
-        try:
+    # --- locks ---
+
+    @contextmanager
+    def lock(self, name: str, what: str = "", waiting: Callable[[Holder], None] = lambda holder: None) -> Iterator[None]:
+        """Holds a key (the right to make it) or another name; ``what`` tells others who holds it. See `locks.hold`."""
+        with hold(self.root / "locks" / f"{name}.lock", what, waiting):
             yield
-        finally:
-            lock.release()
+
+    def holder(self, name: str) -> Holder | None:
+        """Who holds a key or another name now."""
+        return held(self.root / "locks" / f"{name}.lock")
 
     # --- runs and events ---
 
     def new_run(self, recipe: str, body: dict[str, Any]) -> str:
         """Saves a new run under a name nobody has, ``RECIPE-N``, and returns the name."""
-        try:
-            return self._new_run(recipe, body)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.root / 'runs'}: {error.strerror}; give --store another folder") from None
-
-    def _new_run(self, recipe: str, body: dict[str, Any]) -> str:
-        (self.root / "runs").mkdir(exist_ok=True)
-        taken = [f.stem.rpartition("-") for f in (self.root / "runs").glob("*.json")]
-        n = max((int(t[2]) for t in taken if t[0] == recipe and t[2].isdigit()), default=0) + 1
-        fresh = self.root / "runs" / f".new.{os.getpid()}"
-        write_json(fresh, body)
-        while True:
-            try:
-                os.link(fresh, self.root / "runs" / f"{recipe}-{n}.json")
-                break
-            except FileExistsError:
-                n += 1
-        fresh.unlink()
-        return f"{recipe}-{n}"
+        with self.lock("runs"):
+            taken = [f.stem.rpartition("-") for f in (self.root / "runs").glob("*.json")]
+            n = max((int(t[2]) for t in taken if t[0] == recipe and t[2].isdigit()), default=0) + 1
+            name = f"{recipe}-{n}"
+            append_line(self.root / "runs" / "order", {"run": name})
+            self.save_run(name, body)
+        return name
 
     def save_run(self, run: str, body: dict[str, Any]) -> None:
         write_json(self.root / "runs" / f"{run}.json", body)
 
+    def alive(self, run: str) -> bool:
+        """Whether the process of a run lives; it holds this lock as long as it does."""
+        return self.holder(f"run.{run}") is not None
+
     def runs(self) -> list[str]:
-        """Names of the runs, oldest first."""
-        files = [(f.stat().st_mtime_ns, len(f.stem), f.stem) for f in (self.root / "runs").glob("*.json")]
-        return [name for _, _, name in sorted(files)]  # of two saved in one tick, r-9 comes before r-10
+        """Names of the runs, in the order in which they began; those not in the list of that (older stores) come first."""
+        order = self.root / "runs" / "order"
+        began = {str(line.get("run")): n for n, line in enumerate(read_jsonl(order))} if order.exists() else {}
+        files = [
+            (began.get(f.stem, -1), f.stat().st_mtime_ns, len(f.stem), f.stem) for f in (self.root / "runs").glob("*.json")
+        ]
+        return [name for *_, name in sorted(files)]
+
+    def _goals(self, run: str) -> list[dict[str, Any]]:
+        try:
+            goals = read_object(self.root / "runs" / f"{run}.json").get("goals")
+        except UserError:
+            return []
+        return [g for g in goals if isinstance(g, dict)] if isinstance(goals, list) else []
 
     def load_run(self, run: str) -> dict[str, Any]:
         """A run by name, by a recipe's name (its newest), or ``last``. Raises `UserError`."""
@@ -208,13 +246,15 @@ class Store:
             if not of_recipe:
                 raise UserError(f"unknown run {run!r} in the store {self.root}{suggest(run, names)}")
             run = of_recipe[-1]
-        return {"run": run, **read_object(self.root / "runs" / f"{run}.json")}
+        body = {"run": run, **read_object(self.root / "runs" / f"{run}.json")}
+        if body.get("state") == "running" and not self.alive(run):
+            body["state"] = "interrupted"  # killed: it could not say so itself
+        return body
 
     def event(self, what: str, **facts: Any) -> None:
         """Appends one line to this process's event file."""
-        line = json.dumps({"time": time.time(), "event": what, **facts})
-        with (self.root / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl").open("a") as file:
-            file.write(line + "\n")
+        file = self.root / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
+        append_line(file, {"time": time.time(), "event": what, **facts})
 
     # --- lineage ---
 
@@ -233,3 +273,8 @@ class Store:
                 stack.append((each, True))
                 stack.extend((i["key"], False) for i in meta["inputs"])
         return list(done.values())
+
+
+def seal(meta: dict[str, Any]) -> str:
+    """A digest of an ``artifact.json`` but for the seal itself: what tells that it was changed."""
+    return digest({k: v for k, v in meta.items() if k != "seal"})

@@ -21,16 +21,19 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tutelage.card import card
 from tutelage.context import Context, Stopped
+from tutelage.files import trouble
 from tutelage.graph import Stage, all_goals, from_record, key, order
+from tutelage.locks import Holder
 from tutelage.spec import UserError
 from tutelage.store import Store
+from tutelage.upkeep import damage
 
 Order = dict[str, Any]
 LIBRARIES = ("torch", "transformers", "reasoning-gym", "math-verify", "tutelage")
@@ -58,12 +61,13 @@ class Worker:
         self._stop = threading.Event()
         self._stages: dict[int, dict[str, Stage]] = {}
         self._records: dict[int, dict[str, Any]] = {}
+        self._sound: set[str] = set()
         signal.signal(signal.SIGTERM, lambda *_: self._stop.set())
 
     def serve(self) -> None:
         threading.Thread(target=self._listen, daemon=True).start()
         hello = self._orders.get()
-        self.store, self.every, self.code = Store(hello["store"]), hello["every"], hello["code"]
+        self.store, self.every, self.code, self.run = Store(hello["store"]), hello["every"], hello["code"], hello["run"]
         while True:
             each = self._orders.get()
             if each["do"] == "goals":
@@ -101,38 +105,51 @@ class Worker:
         mine: str = job["key"]
         facts = {"key": mine, "stage": job["label"]}
         try:
-            with self.store.lock(mine, self._give_up(mine)):
+            with self.store.lock(mine, self.run, self._give_up(mine)):
                 if self.store.has(mine):
                     self.tell({"event": "finished", **facts, "made": False})
                     return
-                with captured(self.store.work(mine) / "log.txt"):
-                    done = self._make(job, facts)
+                done = self._make(job, facts)
             self.tell({"event": "finished", **facts, "made": True, **done})
         except Stopped:
             self._record_end("stopped", facts)
-        except UserError as error:
-            self._record_end("failed", {**facts, "message": str(error)})
         except BaseException as error:
-            log = self.store.work(mine) / "log.txt"
-            with log.open("a") as file:
-                traceback.print_exception(error, file=file)
-            line = " ".join(str(error).split())[:200]
-            self._record_end("failed", {**facts, "message": f"{type(error).__name__}: {line}", "log": str(log)})
+            self._record_end("failed", {**facts, **self._explained(mine, error)})
+
+    def _explained(self, mine: str, error: BaseException) -> dict[str, Any]:
+        """What a stage raised: the machine's trouble in one line; anything else in one, and the traceback in its log."""
+        if why := trouble(error, self.store.root):
+            why = f"{why}; mend that and run the same command again: nothing made is lost"
+            return {"message": why, "user": True, "ends": True}
+        if isinstance(error, UserError):
+            return {"message": str(error), "user": True}
+        log = self.store.work(mine) / "log.txt"
+        with suppress(OSError), log.open("a") as file:
+            traceback.print_exception(error, file=file)
+        line = " ".join(str(error).split())[:200]
+        return {"message": f"{type(error).__name__}: {line}", "log": str(log)}
 
     def _record_end(self, how: str, facts: dict[str, Any]) -> None:
-        self.store.event(f"stage {how}", **facts)
+        with suppress(OSError):  # a full disk is told all the same
+            self.store.event(f"stage {how}", **facts)
         self.tell({"event": how, **facts})
 
     def _give_up(self, mine: str) -> Any:
-        told = False
+        told: set[bool] = set()
 
-        def waiting() -> None:
-            nonlocal told
+        def waiting(holder: Holder) -> None:
             if self._stop.is_set():
                 raise Stopped("stopped while another process makes the stage")
-            if not told:
-                self.tell({"event": "waiting", "key": mine})
-                told = True
+            if holder.stalled not in told:
+                told.add(holder.stalled)
+                self.tell(
+                    {
+                        "event": "waiting",
+                        "key": mine,
+                        "holder": str(holder),
+                        "still": round(holder.still) if holder.stalled else 0,
+                    }
+                )
 
         return waiting
 
@@ -143,13 +160,15 @@ class Worker:
         step = store.checkpoint(mine)
         if step is None:
             clean(store.work(mine))
+        self._check(job)
         how, at = ("started", {}) if step is None else ("resumed", {"step": step})
         store.event(f"stage {how}", **facts, **at)
         self.tell({"event": how, **facts, **at})
         began = time.time()
         ctx = Context(stage, store, self._throttled(), self._stop.is_set, self.every)
         self._ctx = ctx
-        stage.run(ctx)
+        with captured(ctx.work / "log.txt"):
+            stage.run(ctx)
         for port in stage.outputs:
             if not (ctx.work / port).is_dir():
                 raise UserError(f"stage {stage.name!r} ended without filling its port {port!r}")
@@ -160,12 +179,22 @@ class Worker:
                 for folder in (ctx.work / port, *ctx.work.glob(f"{port}@*")):
                     (folder / "README.md").write_text(text, "utf-8")
         log = ctx.work / "log.txt"
-        _flush()
         if log.exists() and not log.stat().st_size:
             log.unlink()
         store.publish(mine, meta)
         store.event("stage finished", **facts, seconds=meta["seconds"], cost=meta["cost"])
         return {"seconds": meta["seconds"], "cost": meta["cost"]}
+
+    def _check(self, job: Order) -> None:
+        """Raises `UserError` for an input that is not what was published; each is looked at once a worker."""
+        for one in job["inputs"]:
+            if one["key"] not in self._sound:
+                if found := damage(self.store, one["key"]):
+                    raise UserError(
+                        f"its input {one['name']!r} is damaged: {found[0]}; `tutelage store verify --remove` takes it out, "
+                        "then the same command makes it again"
+                    )
+                self._sound.add(one["key"])
 
     def _throttled(self) -> Any:
         """Progress at most ten times a second, with the tokens spent so far."""
