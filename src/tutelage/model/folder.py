@@ -17,19 +17,37 @@ from tutelage.spec import UserError
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any:
     """A causal model with packed attention, in eval mode. Raises `UserError` for a folder that holds none."""
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no model folder: it has no config.json")
     logging.disable_progress_bar()
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'} is none that transformers can read: {one_line(error)}") from None
     if not packs(config):
         valid = ", ".join(sorted(PACKED))
         raise UserError(f"{folder}: architecture {config.model_type!r} is not declared safe to pack; declared: {valid}")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=getattr(torch, dtype), attn_implementation=register()
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=register(),
+            ignore_mismatched_sizes=True,  # so that they are named below, in one line
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} has weights that transformers cannot load: {one_line(error)}") from None
+    model, found = loaded
+    for what, wrong in (("lacks", "missing_keys"), ("has another shape for", "mismatched_keys")):
+        names = sorted(k if isinstance(k, str) else k[0] for k in found[wrong])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{folder} {what} tensor {names[0]!r}{more} of its config.json; copy the whole model again")
     return _moved(model, device)
 
 
@@ -43,11 +61,16 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no tokenizer that transformers can read: {error}") from None
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{folder} has no tokenizer that transformers can read: {one_line(error)}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer in {folder} has no end-of-sequence token; set eos_token in tokenizer_config.json")
     return tokenizer
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, on one line, cut."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

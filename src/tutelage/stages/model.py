@@ -70,37 +70,50 @@ class Pretrained(Stage):
     path: str = outside()
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
-        from tutelage.model.headers import PACKED, folder_params, read_object
+        from tutelage.model.headers import (
+            PACKED,
+            SPECIAL,
+            chat_template,
+            check_vocabulary,
+            folder_params,
+            need_folder,
+            read_object,
+        )
 
         folder = Path(self.path)
+        need_folder(folder)
         config, settings = (read_object(folder / f"{name}.json") for name in ("config", "tokenizer_config"))
         if config.get("model_type") not in PACKED:
             known = suggest(str(config.get("model_type")), PACKED)
             raise SpecError(f"{self.path}: architecture {config.get('model_type')!r} is not declared safe to pack{known}")
-        file = folder / "chat_template.jinja"
-        template = file.read_text("utf-8") if file.exists() else settings.get("chat_template")
-        if not template:
-            raise SpecError(f"{self.path} has no chat template; save one with the tokenizer as chat_template.jinja")
+        template = chat_template(folder, settings)
         files = [folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).exists()]
         if not files:
             raise SpecError(f"{self.path} has no tokenizer.json or tokenizer.model; save the tokenizer beside the model")
-        special = {k: settings.get(k) for k in ("bos_token", "eos_token", "pad_token", "add_bos_token")}
-        tokens = [special, *(content_hash(f) for f in files)]
+        params = folder_params(folder)
+        check_vocabulary(folder, config, settings)
+        special = {k: settings.get(k) for k in (*SPECIAL[:3], "add_bos_token")}
+        tokens = digest([special, *(content_hash(f) for f in files)])
+        base = content_hash(folder)
         return {
-            "policy": ModelType(
-                config.get("model_type", "?"),
-                digest(tokens),
-                digest(template),
-                folder_params(folder),
-                config.get("vocab_size", 0),
-                base_key=content_hash(folder),
-            )
+            "policy": ModelType(config["model_type"], tokens, digest(template), params, config["vocab_size"], base_key=base)
         }
 
     def run(self, ctx: Any) -> None:
         from tutelage.model.folder import load_model, load_tokenizer, save_model
+        from tutelage.text.template import check_tokenizer
 
         folder = Path(self.path)
         if not folder.is_dir():
             raise UserError(f"{self.path} is gone; put the folder back or give another")
-        save_model(load_model(folder), load_tokenizer(folder), ctx.output("policy"))
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(tokenizer, self.path)
+        model = load_model(folder)
+        rows, last = model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
+        if last >= rows:
+            token = tokenizer.convert_ids_to_tokens(last)
+            raise UserError(
+                f"{self.path}: token {token!r} has id {last}, but the embedding has {rows} rows; "
+                "take the model's own tokenizer, or resize its embedding"
+            )
+        save_model(model, tokenizer, ctx.output("policy"))
