@@ -209,7 +209,7 @@ def ways(of: Ancestry, key: str, port: str = "") -> list[Way]:
     for strength, how in enumerate(HOW):
         onward = _onward(of, key, port, strength)
         by_role: dict[str, list[tuple[Link, ...]]] = {}
-        for link in of.links[of.root]:
+        for link in of.links.get(of.root, ()):
             if link.role not in found and (trail := _trail(link, onward, key, port, strength)):
                 by_role.setdefault(link.role, []).append(trail)
         for role, trails in by_role.items():
@@ -249,9 +249,9 @@ def _trail(link: Link, onward: dict[str, Link], key: str, port: str, strength: i
 
 def nearest_common(one: Ancestry, other: Ancestry) -> list[str]:
     """Keys in both ancestries that no other common one was made from, what bounds compute aside; the newest first."""
-    common = [k for k in (*one.metas, *one.gone) if k in one.flowing and k in other.flowing]
+    common = [k for k in (*reversed(one.metas), *one.gone) if k in one.flowing and k in other.flowing]
     above = {e.key for k in common for e in one.links.get(k, ()) if e.role != "budget"}
-    return [k for k in reversed(common) if k not in above]
+    return [k for k in common if k not in above]
 
 
 def data_of(of: Ancestry) -> list[Link]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tutelage.ancestry import Ancestry, Link, Way
+    from tutelage.store import Store
 
 To = Annotated[
     str | None,
@@ -45,7 +46,7 @@ def lineage(
     With --to, say whether it descends from another artifact (by weights, data or teaching) and exit with 0 where it does, 1
     where not; sharing data or a bound on compute is no descent.
     """
-    from tutelage.ancestry import gather
+    from tutelage.ancestry import Ancestry, gather
 
     if to is not None and (out or full):
         raise UserError(
@@ -56,10 +57,10 @@ def lineage(
     of = gather(home, home.meta(key))
     notes = [newest_of(home, artifact.partition(":")[0], key)]
     if to is not None:
-        other, other_port = find(home, to)
-        notes.append(newest_of(home, to.partition(":")[0], other))
-        theirs = gather(home, home.meta(other))
-        answer = Answer(of, theirs, other_port if ":" in to else "", artifact.partition(":")[0], to.partition(":")[0])
+        other, other_port = _other(home, of, to)
+        theirs = gather(home, home.meta(other)) if other not in of.gone else Ancestry(other, {}, {other: of.gone[other]})
+        notes += [newest_of(home, to.partition(":")[0], other)] if other not in of.gone else []
+        answer = Answer(of, theirs, other_port, artifact.partition(":")[0], to.partition(":")[0])
         print_json(answer.as_json()) if as_json else answer.show(console(), [n for n in notes if n])
         sys.exit(0 if answer.descends else 1)
     if as_json:
@@ -79,6 +80,16 @@ def lineage(
         say.print(f"files: {near(home.path(key, port))}", highlight=False, soft_wrap=True)
     if out:
         say.print(f"picture: {near(out)}", highlight=False, soft_wrap=True)
+
+
+def _other(home: Store, of: Ancestry, text: str) -> tuple[str, str]:
+    """(key, port or nothing) of what ``--to`` names, which may be an ancestor that is gone. Raises `UserError`."""
+    name, _, port = text.partition(":")
+    for key in of.gone:
+        if of.names[key] == name or (len(name) >= 4 and key.startswith(name)):
+            return key, port
+    key, found = find(home, text)
+    return key, found if port else ""
 
 
 # --- the tree ------------------------------------------------------------------------------------------------------------
@@ -208,9 +219,7 @@ def _sum(of: Ancestry, full: bool) -> str:
     line = f"{count(len(metas), 'stage')}, {si(flops)}FLOP, {human_time(seconds)} in all"
     line += "".join(f", {word} {same[name]}" for name, word in (("host", "on"), ("code", "code")) if name in same)
     if bounds := len(of.metas) - len(metas):
-        line += (
-            f"; {count(bounds, 'stage')} more only for {'its' if bounds == 1 else 'their'} compute, by which a budget is set"
-        )
+        line += f"\n{count(bounds, 'stage')} more only {'bounds' if bounds == 1 else 'bound'} its compute"
     if full and "versions" in same:
         line += f"\nwith {_versions(same['versions'])}"
     for key, why in of.gone.items():
@@ -242,7 +251,8 @@ class Answer:
             found = [w for w in ways(of, link.key, link.port) if w.how != "compute"]
             self.shared += [(link, found)] if found else []
             self.apart += [] if found else [link]
-        self.label = _namer(of, other, name, other_name)
+        self.names = {**other.names, **of.names}
+        self.label = _namer(self.names, {other.root: other_name, of.root: name})
 
     def sentence(self) -> str:
         one, two = self.label(self.of.root), self.label(self.other.root) + (f":{self.port}" if self.port else "")
@@ -304,13 +314,13 @@ class Answer:
             return {"how": each.how, "more": each.more, "edges": [asdict(link) for link in each.links]}
 
         return {
-            "artifact": {"key": self.of.root, "name": self.of.names[self.of.root]},
-            "to": {"key": self.other.root, "name": self.other.names[self.other.root], "port": self.port},
+            "artifact": {"key": self.of.root, "name": self.names[self.of.root]},
+            "to": {"key": self.other.root, "name": self.names[self.other.root], "port": self.port},
             "answer": self.sentence(),
             "descends": self.descends,
             "ways": [way(w) for w in self.ways],
             "back": [way(w) for w in self.back],
-            "common": [{"key": k, "name": self.of.names[k]} for k in self.common],
+            "common": [{"key": k, "name": self.names[k]} for k in self.common],
             "shared_data": [
                 {"key": e.key, "name": e.name, "port": e.port, "ways": [way(w) for w in f]} for e, f in self.shared
             ],
@@ -335,18 +345,16 @@ def _sentence(way: Way, one: str, two: str, of: Ancestry) -> str:
     return f"yes, by {way.how}: {said[way.how]}"
 
 
-def _namer(of: Ancestry, other: Ancestry, name: str, other_name: str) -> Callable[[str], str]:
-    """key -> name, with the start of the key where a name stands for several; the two ends as the user called them."""
-    named = {**other.names, **of.names}
+def _namer(names: dict[str, str], asked: dict[str, str]) -> Callable[[str], str]:
+    """key -> name, with the start of the key where a name stands for several; what was asked about as the user called it."""
     several: dict[str, set[str]] = {}
-    for key, each in named.items():
-        several.setdefault(each, set()).add(key)
-    asked = {other.root: other_name, of.root: name}
+    for key, name in names.items():
+        several.setdefault(name, set()).add(key)
 
     def label(key: str) -> str:
-        plain = named[key]
-        if key in asked and asked[key].partition("@")[0] == plain and (len(several[plain]) == 1 or "@" in asked[key]):
+        name, alone = names[key], len(several[names[key]]) == 1
+        if key in asked and asked[key].partition("@")[0] == name and (alone or "@" in asked[key]):
             return asked[key]
-        return plain if len(several[plain]) == 1 else f"{plain} ({key[:8]})"
+        return name if alone else f"{name} ({key[:8]})"
 
     return label
