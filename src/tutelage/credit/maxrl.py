@@ -4,8 +4,8 @@
     Â =  r / r̄,       0 where r̄ = 0        the mean of the score over the successes, ``centred=False``
 
 log p = − Σ_k (1−p)^k / k. With n replies a prompt, the second form is an unbiased gradient of that series cut after n terms
-(RL is its first term); the first subtracts the mean score of all n, which has expectation zero, to calm it. A prompt weighs by
-one over its success rate, down to 1/n: the hard ones count.
+(RL is its first term). The first subtracts the mean score of all n to calm it; since it does so only where r̄ > 0, it is an
+unbiased gradient of n − 1 terms. A prompt weighs by one over its success rate, down to about 1/n: the hard ones count.
 
 Leaves out: graded rewards, for which there is no likelihood of success. Use it with a loss that sums a reply's tokens
 (`REINFORCE`), or one that does not divide by the length.

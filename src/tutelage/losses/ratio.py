@@ -45,7 +45,7 @@ class KeptOutput:
 
 def log_mass(logprobs: Any, kept: Any) -> Any:
     """log Σ p over the set ``kept`` int [m, K] (-1: no token) of log-probs [m, V]. [m]"""
-    inside = logprobs.gather(1, kept.clamp(min=0)).masked_fill(kept < 0, -float("inf"))
+    inside = logprobs.gather(1, kept.clamp(min=0).long()).masked_fill(kept < 0, -float("inf"))
     return inside.logsumexp(-1)
 
 

@@ -44,6 +44,8 @@ class Request:
     """A 63-bit number from (seed, task, replica): with the position it decides every draw, whatever the neighbours do."""
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the reply (the end-of-sequence token, usually)."""
+    sets: bool = False
+    """Whether to tell which tokens top-p and top-k had kept at each draw: ``extras["kept"]``, an int array a token."""
 
 
 @dataclass

@@ -30,7 +30,10 @@ def request_seed(seed: int, task: str, replica: int, turn: int = 0) -> int:
 
 
 class Driver:
-    """Draws and scores samples of one policy. ``template`` writes prompts, ``env`` asks and scores."""
+    """Draws and scores samples of one policy. ``template`` writes prompts, ``env`` asks and scores; with ``sets`` the samples
+    carry the tokens that top-p and top-k had kept at each draw, as signal ``kept`` int32 [T_sel, K], filled up with -1."""
+
+    sets = False
 
     def __init__(self, engine: Sampler, tokenizer: Any, template: Template, env: Env, sampling: Sampling):
         stops = sampling.stop + tuple(s for s in getattr(template, "stop", ()) if s not in sampling.stop)
@@ -70,7 +73,7 @@ class Driver:
         async def ask(messages: Sequence[Message]) -> str:
             prompt = self.template.prompt(self.tokenizer, messages)
             draw = request_seed(seed, task.id, replica, len(turns))
-            request = Request(tuple(prompt), self.sampling, draw, self._stop_tokens)
+            request = Request(tuple(prompt), self.sampling, draw, self._stop_tokens, self.sets)
             done = await asyncio.wrap_future(self.engine.submit(request))
             turns.append(self._sample(task, prompt, done))
             return turns[-1].text
@@ -87,10 +90,20 @@ class Driver:
         sample.signals["behaviour_logp"] = Signal(done.logp, sample.trained, facts)
         if self.sampling.top_p < 1 or self.sampling.top_k:
             sample.signals["kept_logp"] = Signal(done.kept_logp, sample.trained, facts)
+        if self.sets:
+            sample.signals["kept"] = Signal(filled(done.extras["kept"]), sample.trained, facts)
         sample.stop = done.stop
         sample.versions = np.where(sample.mask, done.version, -1)
         sample.text = reply_text(self.tokenizer, done.tokens.tolist(), self.sampling.stop)
         return sample
+
+
+def filled(sets: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of several lengths as one array, the shorter ones filled up with -1 on the right."""
+    widths = np.array([len(s) for s in sets])
+    made = np.full((len(sets), widths.max()), -1, np.int32)
+    made[np.arange(widths.max()) < widths[:, None]] = np.concatenate(sets)
+    return made
 
 
 def reply_text(tokenizer: Any, tokens: Sequence[int], stops: Sequence[str]) -> str:

@@ -25,13 +25,14 @@ from tutelage.rollout.draw import draw, kept, uniforms
 class _Slot:
     """A sequence being drawn."""
 
-    __slots__ = ("future", "kept", "logp", "request", "tokens")
+    __slots__ = ("future", "kept", "logp", "request", "sets", "tokens")
 
     def __init__(self, request: Request, future: Future[Completion]):
         self.request, self.future = request, future
         self.tokens: list[int] = []
         self.logp: list[float] = []
         self.kept: list[float] = []
+        self.sets: list[np.ndarray] = []
 
 
 class LocalEngine:
@@ -131,6 +132,9 @@ class LocalEngine:
             top_p = torch.tensor([h.top_p for h in how], device=logits.device)
             keep = kept(logp, top_p, torch.tensor([h.top_k for h in how], device=logits.device))
             allowed = torch.log_softmax(logp.masked_fill(~keep, -torch.inf), -1)
+            for slot, row in zip(slots, keep, strict=True):
+                if slot.request.sets:
+                    slot.sets.append(row.nonzero()[:, 0].cpu().numpy().astype(np.int32))
         seeds = np.array([s.request.seed for s in slots], dtype=np.uint64)
         u = uniforms(seeds, np.array([len(s.tokens) for s in slots]))
         token = draw(allowed, torch.from_numpy(u).to(logits.device))
@@ -152,7 +156,8 @@ class LocalEngine:
             why = self._finished(slot)
             if why:
                 done = (np.array(slot.tokens), np.array(slot.logp, np.float32), np.array(slot.kept, np.float32))
-                slot.future.set_result(Completion(*done, stop=why, version=self.version))
+                extras = {"kept": slot.sets} if slot.sets else {}
+                slot.future.set_result(Completion(*done, stop=why, version=self.version, extras=extras))
             else:
                 stay.append(i)
         if len(stay) < len(self._running):

@@ -30,7 +30,7 @@ from tutelage.spec import SpecError, suggest
 from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
 from tutelage.stages.fit import batch_order, need_series
 from tutelage.text.template import Chat, Template
-from tutelage.types import Sample, Task
+from tutelage.types import Sample, Signal, Task
 
 SAMPLED = frozenset({"behaviour_logp", "reward"})
 """What every sample brings along."""
@@ -120,7 +120,7 @@ class Online(Stage):
     def _check_signals(self) -> None:
         have = set(SAMPLED)
         if self.sampling.top_p < 1 or self.sampling.top_k:
-            have.add("kept_logp")
+            have |= {"kept_logp", "kept"}
         for rule in self.credit:
             _need(rule.kind(), rule.needs() - have)
             have |= rule.gives()
@@ -170,6 +170,7 @@ class _Loop:
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.driver = self.policy.driver(stage.template, stage.env, stage.sampling)
+        self.driver.sets = "kept" in stage.loss.needs()
         self.scorers: dict[Path, Any] = {}  # one for each folder, however many domains it teaches
         by_domain: dict[str, Scorer] = {d: self._scorer(at, vocab) for d, at in stage.teachers.items() if d in stage.domains}
         reference = self._scorer(stage.reference, vocab) if stage.reference else None
@@ -276,6 +277,8 @@ class _Loop:
             for sample, signal in zip(samples, self.learner.score(samples, stage.sampling.scored_at, "logp"), strict=True):
                 sample.signals[AT_START] = signal
             self.ctx.cost.spend("scored", sum(len(s.tokens) for s in samples), self.policy.params)
+        if self.driver.sets:
+            _widen(samples)
         first: dict[str, float] = {}
         for part in _minibatches(samples, stage.minibatches):
             metrics = self.learner.forward_backward(part, stage.loss, stage.sampling.scored_at, self._extras())
@@ -306,6 +309,17 @@ def _minibatches(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     shares = np.array_split(np.arange(len(groups)), min(parts, len(groups)))
     listed = list(groups.values())
     return [[s for g in share for s in listed[g]] for share in shares]
+
+
+def _widen(samples: Sequence[Sample]) -> None:
+    """Fills up the kept sets to the widest, so that the samples pack together."""
+    import numpy as np
+
+    widest = max(s.signals["kept"].values.shape[1] for s in samples)
+    for sample in samples:
+        old = sample.signals["kept"]
+        values = np.pad(old.values, ((0, 0), (0, widest - old.values.shape[1])), constant_values=-1)
+        sample.signals["kept"] = Signal(values, old.index, old.provenance)
 
 
 def _describe(samples: Sequence[Sample]) -> dict[str, float]:
