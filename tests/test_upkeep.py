@@ -143,12 +143,13 @@ def test_verifying_reads_every_payload_byte(store):
     assert sum(read) == summaries(store)[keys["base"]].size - (folder / "artifact.json").stat().st_size
 
 
-def test_a_missing_input_is_told_of_what_was_made_from_it(store):
+def test_a_missing_input_is_told_once(store):
     keys = make(store, toy.small())
-    store.remove(keys["left"])
+    store.remove(keys["base"])
     [found] = upkeep.verify(store)
-    assert (found.what, found.name, found.key) == ("input", "score-left", keys["score-left"])
-    assert f"left {keys['left']}" in found.problem
+    assert (found.what, found.name, found.path) == ("input", "base", f"artifacts/{keys['base']}")
+    assert found.hangs == ("left", "right", "score-left", "score-right")
+    assert upkeep.remove(store, [found]) == {}, "what was made from it is whole"
 
 
 def test_runs_events_and_checkpoints_are_read(store):

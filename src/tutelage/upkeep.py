@@ -118,16 +118,20 @@ def verify(store: Store, keys: Iterable[str] | None = None, told: Told = lambda 
     for summary in made.values():
         for each in summary.inputs:
             below.setdefault(each, []).append(summary.key)
+    gone: dict[str, None] = {}
+
+    def hanging(key: str) -> tuple[str, ...]:
+        return tuple(sorted(names.get(k, k[:8]) for k in _all_below(key, below)))
+
     for key in list(keys) if keys is not None else _folders(store):
-        hangs = tuple(sorted(names.get(k, k[:8]) for k in _all_below(key, below)))
         for line in damage(store, key, told):
             path, _, problem = line.partition(": ")
             if store.folder(key).exists():  # and was not removed while it was read
-                yield Finding("artifact", path, problem, key, names.get(key, "?"), hangs, _newer(store, key))
-        for each in made[key].inputs if key in made else ():
-            if each not in made:
-                missing = f"was made from {names.get(each, 'an artifact')} {each}, which is not in the store"
-                yield Finding("input", f"artifacts/{key}", missing, key, names.get(key, "?"))
+                yield Finding("artifact", path, problem, key, names.get(key, "?"), hanging(key), _newer(store, key))
+        gone.update(dict.fromkeys(k for k in (made[key].inputs if key in made else ()) if not store.folder(k).exists()))
+    for key in gone:
+        missing = "is not in the store, but what was made from it is"
+        yield Finding("input", f"artifacts/{key}", missing, key, names.get(key, "?"), hanging(key))
     if keys is None:
         yield from _other_damage(store, names)
 

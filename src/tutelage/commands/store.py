@@ -203,7 +203,7 @@ def _tell(findings: list[Finding], count: int, gone: dict[str, str], remove: boo
         print(f"{who}{f.path}: {f.problem}")
         if f.hangs and f.key not in told:
             names = ", ".join(f.hangs[:5]) + (f" and {len(f.hangs) - 5} more" if len(f.hangs) > 5 else "")
-            print(f"  made from it: {names}; each is held to hashes of its own, and what is not named here is whole")
+            print(f"  made from it: {names}; those have hashes of their own and are whole unless named too")
         told.add(f.key)
     if not findings:
         print(f"{counted(count, 'artifact')} verified: everything is as it was made")
@@ -212,7 +212,7 @@ def _tell(findings: list[Finding], count: int, gone: dict[str, str], remove: boo
     removable = {f.key for f in findings if f.what == "artifact" and not f.newer}
     if gone:
         names = ", ".join(f"{name} {key[:8]}" for key, name in gone.items())
-        print(f"removed: {names}; the next run that needs it makes it again")
+        print(f"removed: {names}; the next run that needs it makes it again (what is stored needs nothing)")
     elif removable and not remove:
         print("--remove takes the damaged artifacts out; the next run that needs them makes them again")
 
