@@ -139,3 +139,15 @@ def test_bars_draw_and_leave_what_has_ended(capsys):
 def test_numbers_and_clocks():
     assert [number(v) for v in (0.123456, 12345.6, float("nan"), 3, "x")] == ["0.123", "12346", "nan", "3", "x"]
     assert [clock(s) for s in (None, 0, 65, 3725)] == ["", "0:00", "1:05", "1:02:05"]
+
+
+@pytest.mark.parametrize(("still", "lines"), [(0, 1), (60, 2)])
+def test_whom_a_stage_waits_for_and_whether_they_live(still, lines):
+    made, out = planned(), screen()
+    look, node = Lines(made, Estimator(), 1, out), made.todo[0]
+    look.event(node, {"event": "waiting", "key": node.key, "holder": "other-1 (process 7 on host)", "still": still})
+    look.event(node, {"event": "finished", "key": node.key, "made": False})
+    said = text(out).splitlines()
+    assert said[0] == f"{node.label}: waits for other-1 (process 7 on host), which is making it"
+    assert len(said) == lines + 1
+    assert said[-1] == f"{node.label}: made by another process meanwhile"

@@ -137,7 +137,7 @@ class Progress:
     def _finished(self, node: Node, event: dict[str, Any], lane: Lane | None) -> None:
         self.left.pop(node.key, None)
         if not event["made"]:
-            self.ended(node, "made by another process meanwhile", "")
+            self.say(f"{node.label}: made by another process meanwhile")
             return
         stage = node.stage
         self.estimator.observe(stage.kind(), stage.name, node.flops, stage.threads, event["seconds"])
