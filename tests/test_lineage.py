@@ -27,20 +27,20 @@ def store(tmp_path, monkeypatch) -> Store:
     return Store(tmp_path / "store")
 
 
-def put(store: Store, name: str, outputs: dict[str, Any], edges: Edges | None = None, **more: Any) -> dict[str, Any]:
-    """An artifact's meta, as the runner writes it; ``edges`` are field -> (stage, port), and keys are names ten times over."""
+def put(store: Store, stage: str, outputs: dict[str, Any], edges: Edges | None = None, **more: Any) -> dict[str, Any]:
+    """An artifact's meta, as the runner writes it; ``edges`` are field -> (stage, port)."""
     ins = [{"path": f, "key": key_of(n), "port": p, "step": None, "name": n} for f, (n, p) in (edges or {}).items()]
     kind = {"model": "stages.fit.Fit", "data": "stages.tasks.TaskSplits"}
     body = {
         **{
-            "key": key_of(name),
-            "name": name,
+            "key": key_of(stage),
+            "name": stage,
             "kind": kind.get(next(iter(outputs.values()))["kind"], "stages.evaluate.Evaluate"),
         },
-        **{"version": 1, "inputs": ins, "outputs": outputs, "record": {"kind": "stages.fit.Fit", "name": name}, "facts": {}},
+        **{"version": 1, "inputs": ins, "outputs": outputs, "record": {"kind": "stages.fit.Fit", "name": stage}, "facts": {}},
         **{"cost": {"flops": 1e9, "tokens": {"trained": 1000}}, "seconds": 2.0, "finished": 1e9, "host": "here"},
         **{"code": "abc1234", "versions": {"torch": "2"}, "threads": 1},
-        **{"content": {port: f"hash-of-{name}-{port}" for port in outputs}},
+        **{"content": {port: f"hash-of-{stage}-{port}" for port in outputs}},
         **more,
     }
     folder = store.folder(body["key"])
@@ -215,6 +215,21 @@ def test_every_kind_of_way_is_shown_and_which_data_both_saw(store, capsys):
     assert "data of control that is in copy too:" in out, "though the two share no more than a base"
     out = say(capsys, "lineage", "base", "--to", "right")[1]
     assert out.splitlines()[-1] == "data of right that is not: tasks:rl, tasks:gold, tasks:dev"
+
+
+def test_replicates_are_called_by_their_seeds(store, capsys):
+    put(store, "tasks", {"gold": DATA})
+    for seed in (0, 1):
+        for name, edges in (("sft", {"data": ("tasks", "gold")}), ("rl", {"model": (f"sft{seed}", "policy")})):
+            put(store, f"{name}{seed}", {"policy": MODEL}, edges, name=name)
+        keys = {"sft": key_of(f"sft{seed}"), "rl": key_of(f"rl{seed}")}
+        store.new_run("r", {"goals": [{"seed": seed, "record": {}, "keys": keys}]})
+    out = say(capsys, "lineage", "rl@0", "--to", "sft@1")[1]
+    assert "no: rl@0 does not descend from sft@1, nor sft@1 from rl@0" in out
+    assert "rl@0 ← parent sft@0 ← data tasks" in out
+    out = say(capsys, "lineage", "rl", "--to", key_of("sft0"))[1]
+    assert "rl@1 (newest of 2 seeds: rl@0, rl@1)" in out
+    assert "no: rl does not descend from sft@0, nor sft@0 from rl" in out
 
 
 # --- the tree ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tutelage.commands.shared import STORE, AsJson, Where, console, find, near, newest_of, open_store, print_json
+from tutelage.commands.shared import STORE, AsJson, Where, console, find, near, newest_of, open_store, print_json, seeds_of
 from tutelage.spec import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ def lineage(
 ) -> None:
     """Print everything an artifact was made from, back to the first stage.
 
-    With --to, say whether it descends from another artifact (by weights, data or teaching) and exit with 0 where it does, 1
-    where not; sharing data or a bound on compute is no descent.
+    With --to, say whether and how it descends from another artifact.
+    It does by weights, data, teaching or the choice of a checkpoint;
+    it does not by the same data or a bound on its compute.
     """
     from tutelage.ancestry import Ancestry, gather
 
@@ -60,7 +61,8 @@ def lineage(
         other, other_port = _other(home, of, to)
         theirs = gather(home, home.meta(other)) if other not in of.gone else Ancestry(other, {}, {other: of.gone[other]})
         notes += [newest_of(home, to.partition(":")[0], other)] if other not in of.gone else []
-        answer = Answer(of, theirs, other_port, artifact.partition(":")[0], to.partition(":")[0])
+        asked = {other: to.partition(":")[0], key: artifact.partition(":")[0]}
+        answer = Answer(of, theirs, other_port, namer(home, {**theirs.names, **of.names}, asked))
         print_json(answer.as_json()) if as_json else answer.show(console(), [n for n in notes if n])
         sys.exit(0 if answer.descends else 1)
     if as_json:
@@ -233,10 +235,10 @@ def _sum(of: Ancestry, full: bool) -> str:
 class Answer:
     """Whether and how one artifact descends from another, or that one from it, and which data both saw."""
 
-    def __init__(self, of: Ancestry, other: Ancestry, port: str, name: str, other_name: str):
+    def __init__(self, of: Ancestry, other: Ancestry, port: str, label: Callable[[str], str]):
         from tutelage.ancestry import data_of, nearest_common, ways
 
-        self.of, self.other, self.port = of, other, port
+        self.of, self.other, self.port, self.label = of, other, port, label
         self.same = of.root == other.root
         self.ways = ways(of, other.root, port) if not self.same else []
         self.back = ways(other, of.root) if not self.same else []
@@ -252,7 +254,6 @@ class Answer:
             self.shared += [(link, found)] if found else []
             self.apart += [] if found else [link]
         self.names = {**other.names, **of.names}
-        self.label = _namer(self.names, {other.root: other_name, of.root: name})
 
     def sentence(self) -> str:
         one, two = self.label(self.of.root), self.label(self.other.root) + (f":{self.port}" if self.port else "")
@@ -273,30 +274,32 @@ class Answer:
         for note in notes:
             out.print(note, highlight=False, soft_wrap=True)
         say = lambda line: out.print(line, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+        width = out.width if out.is_terminal else 10_000
+        path = lambda head, text: say(_filled(head, text, width))  # noqa: E731
         say(self.sentence())
         for way in self.ways or self.back:
-            say(f"  {f'by {way.how}:':14}{self._path(self.of if self.ways else self.other, way)}")
+            path(f"  {f'by {way.how}:':14}", self._path(self.of if self.ways else self.other, way))
         if self.common:
             say("nearest in common: " + ", ".join(self.label(k) for k in self.common))
-            self._show_common(say)
+            self._show_common(path)
         name = self.label(self.other.root)
         if self.shared:
             say(f"data of {name} that is in {self.label(self.of.root)} too:")
-            width = max(len(link.label) for link, _ in self.shared) + 2
+            wide = max(len(link.label) for link, _ in self.shared) + 2
             for link, found in self.shared:
-                say(f"  {link.label:{width}}by {found[0].how}: {self._path(self.of, found[0])}")
+                path(f"  {link.label:{wide}}by {found[0].how}: ", self._path(self.of, found[0]))
         if self.apart and not self.descends:
             say(f"data of {name} that is not: {', '.join(link.label for link in self.apart)}")
         for key, why in {**self.of.gone, **self.other.gone}.items():
             say(f"{self.label(key)} {key} is {why}: there may be more ways through it")
 
-    def _show_common(self, say: Callable[[str], None]) -> None:
+    def _show_common(self, path: Callable[[str, str], None]) -> None:
         from tutelage.ancestry import ways
 
         for key in self.common:
             for each in (self.of, self.other):
                 for way in ways(each, key)[:1]:
-                    say(f"  {self._path(each, way)}")
+                    path("  ", self._path(each, way))
 
     def _path(self, of: Ancestry, way: Way) -> str:
         """``mopd ← teacher rl-sum ← parent sft ← data tasks:gold``"""
@@ -345,16 +348,37 @@ def _sentence(way: Way, one: str, two: str, of: Ancestry) -> str:
     return f"yes, by {way.how}: {said[way.how]}"
 
 
-def _namer(names: dict[str, str], asked: dict[str, str]) -> Callable[[str], str]:
-    """key -> name, with the start of the key where a name stands for several; what was asked about as the user called it."""
+def namer(home: Store, names: dict[str, str], asked: dict[str, str]) -> Callable[[str], str]:
+    """key -> name; NAME@SEED, or else the start of the key too, where a name stands for several of the keys.
+
+    What was ``asked`` about is called as the user called it.
+    """
     several: dict[str, set[str]] = {}
     for key, name in names.items():
         several.setdefault(name, set()).add(key)
+    seeds: dict[str, str] = {}
+    for name in (n for n, keys in several.items() if len(keys) > 1):
+        newest: dict[str, str] = {}
+        for seed, key in seeds_of(home, name):
+            if newest.setdefault(seed, key) == key:
+                seeds.setdefault(key, f"{name}@{seed}")
 
     def label(key: str) -> str:
         name, alone = names[key], len(several[names[key]]) == 1
         if key in asked and asked[key].partition("@")[0] == name and (alone or "@" in asked[key]):
             return asked[key]
-        return name if alone else f"{name} ({key[:8]})"
+        return name if alone else seeds.get(key, f"{name} ({key[:8]})")
 
     return label
+
+
+def _filled(head: str, path: str, width: int) -> str:
+    """A path after its head, broken between two steps where it is longer than a line."""
+    first, *steps = path.split(" ← ")
+    lines = [head + first]
+    for step in steps:
+        if len(lines[-1]) + len(step) + 3 <= width:
+            lines[-1] += f" ← {step}"
+        else:
+            lines.append(" " * (len(head) + 2) + f"← {step}")
+    return "\n".join(lines)
