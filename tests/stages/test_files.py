@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -182,7 +186,8 @@ def test_skipped_rows_are_counted_by_reason_and_the_first_are_quoted(tmp_path, c
     assert (told["rows"], told["of"]) == (11, 13)
     assert told["reasons"] == {"not JSON": 2, "prompt": 3, "id": 2, "gold": 1, "no object": 3}
     assert len(told["first"]) == 10
-    assert told["first"][0].startswith(f"{file}, line 1: not JSON")
+    places = [int(says.partition("line ")[2].partition(":")[0]) for says in told["first"]]
+    assert places == [1, *range(3, 12)]
     assert any("id 'x' stands at" in says and says.count("line 2 already") for says in told["first"])
     assert "skipped 11 of 13 rows" in capsys.readouterr().out
     assert [
@@ -216,6 +221,58 @@ def test_skip_bad_rows_is_set_on_every_stage_that_reads_files(file, tmp_path):
     path.write_text(json.dumps(record(Goals(recipe="r", stages=(init.out(),)))))
     with pytest.raises(UserError, match="--skip-bad-rows: no stage of recipe 'r' reads files"):
         skipping(choose(str(path)))
+
+
+def test_the_command_ends_with_2_at_a_bad_row_and_tells_what_it_skipped(tmp_path):
+    lines(tmp_path / "d.jsonl", {"prompt": "a"}, {"prompt": "b"}, "{")
+    goals = Goals(recipe="r", stages=(Files(name="mine", path="d.jsonl").out(),))
+    (tmp_path / "r.json").write_text(json.dumps(record(goals)))
+
+    def tutelage(*words):
+        command = [sys.executable, "-m", "tutelage", *words, "--store", "s"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    bad = tutelage("run", "r.json")
+    assert (bad.returncode, "Traceback" in bad.stderr) == (2, False)
+    assert "d.jsonl, line 3: not JSON" in bad.stderr
+    assert "--skip-bad-rows" in bad.stderr
+    good = tutelage("run", "r.json", "--skip-bad-rows")
+    assert good.returncode == 0, good.stderr
+    assert "mine skipped 1 of 3 rows (not JSON: 1); the first: d.jsonl, line 3: not JSON" in " ".join(good.stdout.split())
+    assert json.loads(tutelage("plan", "r.json", "--skip-bad-rows", "--json").stdout)["totals"]["stored"] == 1
+
+
+@pytest.fixture
+def guide(tmp_path, monkeypatch):
+    """The folder that docs/how-to/bring-your-own.md describes, with a tiny base and more rows."""
+    from tutelage.model.folder import save_model
+
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "bring-your-own.md").read_text("utf-8")
+    recipe, example = (re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0] for kind in ("python", "json"))
+    (tmp_path / "my_recipe.py").write_text(recipe)
+    rows = [{**json.loads(example.splitlines()[0]), "question": f"{i} and {i} pears?"} for i in range(200)]
+    lines(tmp_path / "questions.jsonl", *example.splitlines(), *rows)
+    save_model(tiny.model(), tiny.tokenizer(), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("my_recipe", None)
+
+
+def test_the_guides_recipe_plans(guide):
+    made = plan(choose("my_recipe.py").goals, lambda k: False)
+    assert {n.stage.name for n in made.todo} == {"questions", "base", "sft", "rl", "eval base", "eval sft", "eval rl"}
+    (questions,) = [n for n in made.todo if n.stage.name == "questions"]
+    assert questions.types["heldout"].columns == ("id", "domain", "prompt", "completion", "gold", "meta")
+
+
+@pytest.mark.long
+def test_the_guides_recipe_runs(guide):
+    sets = ["--set", "sft.steps=2", "--set", "rl.steps=2", "--set", "rl.group=2"]
+    command = [sys.executable, "-m", "tutelage", "run", "my_recipe.py", "--store", "store", *sets]
+    done = subprocess.run(command, cwd=guide, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (guide / "store" / "reports" / "my_recipe-1.html").exists()
 
 
 def test_a_file_and_a_verifier_are_enough_for_sft_rl_and_evaluation(file, tmp_path):

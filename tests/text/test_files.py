@@ -277,3 +277,14 @@ def test_any_record_is_a_row_of_the_declared_columns_or_a_named_mistake(record):
     else:
         assert set(shape.columns) == row.keys()
         assert all(COLUMNS[name][0](value) for name, value in row.items())
+
+
+def test_parquet_texts_that_are_no_utf_8(tmp_path):
+    from tutelage.text.rows import read_rows
+
+    raw = pa.py_buffer(b"caf\xe9")
+    column = pa.StringArray.from_buffers(1, pa.array([0, 4], pa.int32()).buffers()[1], raw)
+    pq.write_table(pa.table({"text": column}), tmp_path / "data.parquet")
+    assert problem(tmp_path / "data.parquet").startswith(" cannot be read as Parquet after row 0: 'utf-8' codec")
+    with pytest.raises(UserError, match=r"data\.parquet cannot be read as Parquet: 'utf-8' codec"):
+        read_rows(tmp_path)

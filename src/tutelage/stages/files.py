@@ -82,7 +82,7 @@ class Files(Stage):
 
     def _peek(self) -> tuple[Shape, tuple[str, ...], int]:
         """Columns, domains and a bound on the rows (0 where they were not all read)."""
-        found = self._parsed({})
+        found = self._parsed([])
         where, first = next(found)
         shape = shape_of(where, first, self.columns)
         if not self.skip_bad_rows:
@@ -94,49 +94,46 @@ class Files(Stage):
         domains = {self.domain if d is None else d for d in named}
         return shape, tuple(sorted(d for d in domains if isinstance(d, str))), len(named)
 
-    def _parsed(self, skipped: dict[str, list[str]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _parsed(self, skipped: list[BadRow]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(where, record) of every row that parses; those that do not are added to ``skipped``. Raises `BadRow`."""
-        any_row, first = False, ""
+        any_row = False
         for file in data_files(Path(self.path)):
             for where, found in records(file):
                 if isinstance(found, BadRow):
                     if not self.skip_bad_rows:
                         raise found
-                    skipped.setdefault(found.reason, []).append(found.says)
-                    first = first or found.says
+                    skipped.append(found)
                 else:
                     any_row = True
                     yield where, found
         if not any_row:
-            raise UserError(f"all rows are bad; the first: {first}")
+            raise UserError(f"all {len(skipped)} rows are bad; the first: {skipped[0].says}")
 
     def run(self, ctx: Any) -> None:
         from tutelage.text.rows import write_tasks
 
-        skipped: dict[str, list[str]] = {}
+        skipped: list[BadRow] = []
         try:
             rows = self._rows(ctx, skipped)
         except BadRow as bad:
             raise UserError(_hint(bad)) from None
-        count = sum(map(len, skipped.values()))
         if not rows:
-            raise UserError(f"{self.path}: all {count} rows are bad; the first: {next(iter(skipped.values()))[0]}")
+            raise UserError(f"all {len(skipped)} rows are bad; the first: {skipped[0].says}")
         parts: dict[str, list[dict[str, Any]]] = {port: [] for port in self.outputs}
         for row in sorted(rows, key=lambda row: _hash(f"order {row['id']}")):
             parts[self._split(row)].append(row)
         self._check_parts(parts)
-        counts = {port: dict(Counter(row["domain"] for row in part)) for port, part in parts.items()}
-        ctx.facts.update(rows=counts)
+        ctx.facts["rows"] = {port: dict(Counter(row["domain"] for row in part)) for port, part in parts.items()}
         if self.skip_bad_rows:
-            first = [says for group in skipped.values() for says in group][:QUOTED]
-            reasons = {reason: len(group) for reason, group in sorted(skipped.items())}
-            ctx.facts["skipped"] = {"rows": count, "of": count + len(rows), "reasons": reasons, "first": first}
-            print(f"skipped {count} of {count + len(rows)} rows", *first, sep="\n")
-        ctx.log(1, rows=len(rows), skipped=count)
+            first, of = [bad.says for bad in skipped[:QUOTED]], len(rows) + len(skipped)
+            reasons = dict(sorted(Counter(bad.reason for bad in skipped).items()))
+            ctx.facts["skipped"] = {"rows": len(skipped), "of": of, "reasons": reasons, "first": first}
+            print(f"skipped {len(skipped)} of {of} rows", *first, sep="\n")
+        ctx.log(1, rows=len(rows), skipped=len(skipped))
         for port, part in parts.items():
             write_tasks(ctx.output(port), part)
 
-    def _rows(self, ctx: Any, skipped: dict[str, list[str]]) -> list[dict[str, Any]]:
+    def _rows(self, ctx: Any, skipped: list[BadRow]) -> list[dict[str, Any]]:
         """All rows, checked, with different ids; bad ones are added to ``skipped``. Raises `BadRow`."""
         rows: list[dict[str, Any]] = []
         shape, seen, made = None, dict[str, str](), Counter[str]()
@@ -153,7 +150,7 @@ class Files(Stage):
             except BadRow as bad:
                 if not self.skip_bad_rows:
                     raise
-                skipped.setdefault(bad.reason, []).append(bad.says)
+                skipped.append(bad)
                 continue
             seen[row["id"]] = where
             rows.append(row)

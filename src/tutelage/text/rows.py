@@ -56,8 +56,8 @@ def read_rows(folder: str | Path) -> list[Row]:
         raise UserError(f"{file} does not exist; a Data artifact is a folder that holds {FILE}")
     try:
         rows = pq.read_table(file).to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read as Parquet: {error}") from None
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from None
     seen: set[str] = set()
     for number, row in enumerate(rows):
         if "meta" in row:
