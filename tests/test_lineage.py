@@ -382,6 +382,10 @@ def test_the_card_names_base_parent_teachers_data_and_their_content(store):
     assert ("tasks:dev", "5", "sft (to select)", key_of("tasks"), "hash-of-tasks-dev") in rows
     assert not [r for r in rows if r[0] == "tasks:heldout"]
     assert "6 stages, 6.0 GFLOP" in text
+    other = {"record": {"kind": "stages.model.Pretrained", "path": "models/other"}}
+    put(store, "other", {"policy": {**MODEL, "base_key": "o"}}, **other)
+    put(store, "merged", {"policy": MODEL}, {"models.0": ("mopd", "policy"), "models.1": ("other", "policy")})
+    assert set(front(card(store, store.meta(key_of("merged")), "policy"))["base_model"]) == {"Org/Some-7B", "other"}
 
 
 def test_the_card_of_an_adapter_names_the_model_it_fits(store):

@@ -45,20 +45,25 @@ def card(store: Store, meta: dict[str, Any], port: str) -> str:
     return "\n".join(parts)
 
 
-def base_of(of: Ancestry, adapter: bool) -> str:
-    """The name of the imported folder from which the weights come, as a hub would call it; nothing where they began here.
+def bases_of(of: Ancestry, adapter: bool) -> list[str]:
+    """The imported folders from which the weights come, as a hub would call them; nothing where all began here.
 
     An adapter fits one model only: where that is not the import itself, it is named by its stage.
     """
     line = [of.root]
-    while parents := [e.key for e in of.links.get(line[-1], ()) if e.role == "parent"]:
-        line.append(parents[0])
-    if adapter and len(line) > 2:
-        return of.names[line[1]]
-    first = of.metas.get(line[-1], {})
-    path, outputs = first.get("record", {}).get("path"), first.get("outputs", {}).values()
-    imported = path and any(isinstance(o, dict) and o.get("base_key") for o in outputs)
-    return hub_name(path) if imported else of.names[line[1]] if adapter and line[1:] else ""
+    for key in line:  # grows as it goes: parents, theirs, and so on
+        line += [e.key for e in of.links.get(key, ()) if e.role == "parent" and e.key not in line]
+    found = [name for key in line if (name := _imported(of.metas.get(key, {})))]
+    if adapter and line[1:] and not _imported(of.metas.get(line[1], {})):
+        return [of.names[line[1]]]
+    return found
+
+
+def _imported(meta: dict[str, Any]) -> str:
+    """The name of the folder that a stage without inputs has imported."""
+    path = meta.get("record", {}).get("path")
+    keyed = any(isinstance(o, dict) and o.get("base_key") for o in meta.get("outputs", {}).values())
+    return hub_name(path) if path and keyed and not meta["inputs"] else ""
 
 
 def hub_name(folder: str) -> str:
@@ -70,9 +75,9 @@ def hub_name(folder: str) -> str:
 def _front(of: Ancestry, adapter: bool) -> Iterator[str]:
     """YAML, of which JSON's strings and lists are a part."""
     meta = of.metas[of.root]
-    base = base_of(of, adapter)
+    bases = bases_of(of, adapter)
     body: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    body |= {"base_model": base} if base else {}
+    body |= {"base_model": bases if bases[1:] else bases[0]} if bases else {}
     body |= {"tags": ["tutelage", meta["kind"].rpartition(".")[2].lower(), *(["lora"] if adapter else [])]}
     yield from ("---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()), "---")
 
