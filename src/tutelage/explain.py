@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from tutelage.graph import At, Node, Plan, Stage, all_goals, key, order, record
 from tutelage.index import Summary, summaries
-from tutelage.spec import Spec, content_hash, dump, flags, foreign_code, library_of, walk
+from tutelage.spec import Spec, content_hash, dump, flags, foreign_code, library_of, resolve_kind, walk
 from tutelage.store import Store
 
 JSON = dict[str, Any]
@@ -286,30 +287,43 @@ def _moved(old: Input, new: Input, fresh: bool) -> str:
 # --- records -----------------------------------------------------------------------------------------------------------
 
 
-def differences(old: Any, new: Any, classes: Mapping[str, type[Spec]] | None = None, path: str = "") -> list[Change]:
+def differences(old: Any, new: Any, known: Mapping[str, type[Spec]] | None = None, path: str = "") -> list[Change]:
     """Fields that differ between two records of a stage (or values in them), by dotted path; names are left out.
 
-    ``classes`` (by kind) tells which fields are in no key, which then do not count, and the defaults of those that an older
-    record lacks. An edge is one value, and so is a list without objects, and an object whose kind differs.
+    ``known`` (classes by kind) tells which fields are in no key, which then do not count, and the defaults of those that an
+    older record lacks. An edge is one value, and so is a list without objects, and an object whose kind differs.
     """
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict) and old.get("kind") == new.get("kind") and not _is_edge(old, new):
-        cls = (classes or {}).get(str(new.get("kind")))
+        cls = (known or {}).get(str(new.get("kind")))
         found = []
         for name in [*new, *(n for n in old if n not in new)]:
             if (name == "name" and not path) or (cls and name in cls.model_fields and _silent(cls, name)):
                 continue
             was = old[name] if name in old else _default(cls, name)
-            found += differences(was, new.get(name), classes, f"{path}.{name}" if path else name)
+            found += differences(was, new.get(name), known, f"{path}.{name}" if path else name)
         return found
     if isinstance(old, list) and isinstance(new, list) and any(isinstance(v, dict) for v in (*old, *new)):
         found = []
         for i in range(max(len(old), len(new))):
             was, now = (v[i] if i < len(v) else None for v in (old, new))
-            found += differences(was, now, classes, f"{path}.{i}")
+            found += differences(was, now, known, f"{path}.{i}")
         return found
     return [Change("field", path, old, new, _text(path, old, new))]
+
+
+def classes(*records: JSON) -> dict[str, type[Spec]]:
+    """The classes of all kinds in records, by kind, as far as they can still be found."""
+    found: dict[str, type[Spec]] = {}
+    spots: list[Any] = list(records)
+    while spots:
+        spot = spots.pop()
+        if isinstance(spot, dict) and isinstance(spot.get("kind"), str) and spot["kind"] not in found:
+            with suppress(Exception):  # a user's module that is not here, or fails, only tells no defaults
+                found[spot["kind"]] = resolve_kind(spot["kind"])
+        spots.extend(spot.values() if isinstance(spot, dict) else spot if isinstance(spot, list) else ())
+    return found
 
 
 def _silent(cls: type[Spec], name: str) -> bool:

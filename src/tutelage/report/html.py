@@ -43,8 +43,11 @@ BY_DOMAIN = (("Token share by domain", "token_share/"), ("Reward by domain", "re
 
 def write(store: Store, run_name: str, path: str | Path) -> Path:
     """Writes the page and returns its path. Raises `UserError` for an unknown run."""
-    text = page(store, run_name)
-    target = Path(path)
+    return save(page(store, run_name), Path(path))
+
+
+def save(text: str, target: Path) -> Path:
+    """Writes a page in one go and returns its path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
     fresh.write_text(text, "utf-8")
@@ -52,12 +55,11 @@ def write(store: Store, run_name: str, path: str | Path) -> Path:
     return target
 
 
-def page(store: Store, run_name: str) -> str:
-    """The page as text."""
+def template(name: str) -> Any:
+    """A page's template, with the words for numbers as filters and the style sheet as ``css``."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    found, run = collect(store, run_name), load(store, run_name)
     folder = Path(__file__).parent
     env = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -71,10 +73,18 @@ def page(store: Store, run_name: str) -> str:
         span=span,
         moment=moment,
     )
+    env.globals["css"] = Markup((folder / "report.css").read_text("utf-8"))
+    return env.get_template(name)
+
+
+def page(store: Store, run_name: str) -> str:
+    """The page as text."""
+    from markupsafe import Markup
+
+    found, run = collect(store, run_name), load(store, run_name)
     status = {s["name"]: s["status"] for s in found["stages"]}
-    return env.get_template("report.html").render(
+    return template("report.html").render(
         **found,
-        css=Markup((folder / "report.css").read_text("utf-8")),
         graph=Markup(graph.svg(run.first, status)),
         sentences=sentences(found),
         tasks_only=TASKS_ONLY,

@@ -21,6 +21,7 @@ ROLES = {"after": "blue", "teacher": "orange", "other": "orange", "control": "pi
 VARIABLES = (*SERIES, "grey", "soft", "rule", "card")
 STAND_INS = {name: f"#fe00{i:02x}" for i, name in enumerate(VARIABLES)}
 """What matplotlib is told in place of a variable, which it does not know."""
+PALE = 0.5
 SETTINGS = {
     **{"svg.fonttype": "none", "text.parse_math": False, "font.size": 10.5, "axes.axisbelow": True},
     **{"xtick.bottom": False, "xtick.major.size": 0, "ytick.left": False, "ytick.major.size": 0, "ytick.major.pad": 7},
@@ -37,6 +38,9 @@ class Line:
     points: list[tuple[float, float]]
     bold: bool = False
     faint: bool = False
+    dashed: bool = False
+    pale: bool = False
+    """Under a dashed line of the same colour, which would be lost on it."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Dot:
     seeds: list[float] = field(default_factory=list)
 
 
-def stroke(index: int) -> str:
+def stroke(index: int, dashed: bool = False, pale: bool = False) -> str:
     """A series' colour as CSS."""
-    return f"stroke:var(--{SERIES[index % len(SERIES)]})" + (";stroke-dasharray:4 3" if index >= len(SERIES) else "")
+    dash = ";stroke-dasharray:4 3" if dashed or index >= len(SERIES) else ""
+    return f"stroke:var(--{SERIES[index % len(SERIES)]}){dash}" + (f";stroke-opacity:{PALE}" if pale else "")
 
 
 def lines(title: str, series: Sequence[Line], unit: str = "step") -> str:
@@ -66,8 +71,9 @@ def lines(title: str, series: Sequence[Line], unit: str = "step") -> str:
     with context(["default", SETTINGS]):
         axes = _axes("y", 320, 190, left=44, right=10, top=8, bottom=32)
         for i, line in enumerate(drawn):
-            width, alpha = (1.9, 1.0) if line.bold else (0.8, 0.4) if line.faint else (1.2, 0.9)
-            colour, dash = STAND_INS[SERIES[line.colour % len(SERIES)]], (0, (4, 3)) if line.colour >= len(SERIES) else "-"
+            width, alpha = (1.9, PALE if line.pale else 1.0) if line.bold else (0.8, 0.4) if line.faint else (1.2, 0.9)
+            colour = STAND_INS[SERIES[line.colour % len(SERIES)]]
+            dash = (0, (4, 3)) if line.dashed or line.colour >= len(SERIES) else "-"
             (made,) = axes.plot(*zip(*line.points, strict=True), color=colour, linestyle=dash, linewidth=width, alpha=alpha)
             made.set(gid=f"title{i}", clip_on=False, marker="" if line.points[1:] else "o", ms=5, mfc="none")
         axes.set_xlim(min(0.0, axes.dataLim.x0), max(axes.dataLim.x1, 1.0))

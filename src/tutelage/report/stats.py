@@ -6,8 +6,9 @@ because every checkpoint and every seed sees the same draw of tasks. Intervals a
 What the intervals cover, exactly: the choice of held-out tasks, given the models that were trained. They do not cover
 the training seed. With several seeds the primary figure is the mean over seeds, its interval the percentiles of that
 mean over task draws, and every seed is shown beside it, so that the spread over seeds is seen rather than assumed.
+Tests of a difference are paired by task and cover the same.
 
-Leaves out: tests of significance, corrections for many comparisons, BCa or studentised intervals.
+Leaves out: tests over training seeds, BCa or studentised intervals.
 """
 
 from __future__ import annotations
@@ -159,3 +160,48 @@ def recovery(before: list[Figure], teacher: list[Figure], after: list[Figure]) -
     gain = total(a - b for a, b in zip(after, before, strict=True))
     gap = total(t - b for t, b in zip(teacher, before, strict=True))
     return Ratio(gain, gap, gain / gap if gap.interval[0] > 0 else None)
+
+
+# --- tests ---------------------------------------------------------------------------------------------------------------
+
+EXACT = 50_000
+"""Up to this sum of absolute differences the sign-flip test counts every flip instead of drawing some."""
+
+
+def sign_flip(differences: np.ndarray) -> float:
+    """Two-sided p-value of paired ``differences`` [n], one a task, under random signs (Fisher's paired permutation test).
+
+    Exact for whole numbers, by the distribution of the sum over all 2ⁿ flips: for differences in {−1, 0, 1} that is the exact
+    McNemar test. Else `DRAWS` random flips and the observed one (Phipson and Smyth 2010, (1 + hits) / (1 + draws)).
+    """
+    sizes = np.abs(differences[differences != 0])
+    seen = abs(float(differences.sum()))
+    if not sizes.size:
+        return 1.0
+    whole = sizes.astype(np.int64)
+    if (whole == sizes).all() and whole.sum() <= EXACT:
+        total = int(whole.sum())
+        chance = np.zeros(total + 1)  # of the sum of those that keep their sign
+        chance[0], reached = 1.0, 0
+        for size in whole:
+            moved = chance[: reached + 1] / 2
+            chance[: reached + 1] = moved
+            chance[size : size + reached + 1] += moved
+            reached += size
+        far = np.abs(2 * np.arange(total + 1) - total) >= round(seen)
+        return min(1.0, float(chance[far].sum()))
+    rng = np.random.default_rng([SEED, sizes.size])
+    hits = 0
+    for begin in range(0, DRAWS, CHUNK):
+        signs = rng.integers(0, 2, (min(CHUNK, DRAWS - begin), sizes.size)) * 2 - 1
+        hits += int((np.abs(signs @ sizes) >= seen - 1e-9 * float(sizes.sum())).sum())
+    return (1 + hits) / (1 + DRAWS)
+
+
+def holm(chances: list[float]) -> list[float]:
+    """p-values adjusted for all being asked at once (Holm 1979): the family-wise error rate is kept."""
+    adjusted, most = [0.0] * len(chances), 0.0
+    for rank, i in enumerate(sorted(range(len(chances)), key=lambda i: chances[i])):
+        most = max(most, min(1.0, (len(chances) - rank) * chances[i]))
+        adjusted[i] = most
+    return adjusted
