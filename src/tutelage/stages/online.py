@@ -207,13 +207,13 @@ class _Loop:
     def _step(self, step: int) -> None:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
         self.policy.refresh(step)
-        drawn, chosen, draws = self._draw(step)
+        drawn, chosen, filled = self._draw(step)
         self.policy.charge(ctx.cost)
         metrics = _describe(drawn)
         trained, credited = self._assign(chosen)
         metrics.update(credited)
-        if stage.resample:
-            metrics |= {"draws": float(draws), "drawn_in_vain": 1 - len(chosen) / len(drawn)}
+        if filled:
+            metrics |= _describe(drawn) | filled  # of everything drawn, not of what credit saw
         if trained:
             metrics.update(self._update(trained, step))
         tokens = sum(int(s.mask.sum()) for s in drawn)
@@ -222,8 +222,8 @@ class _Loop:
         shown = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
         ctx.progress(step + 1, stage.steps, **shown)
 
-    def _draw(self, step: int) -> tuple[list[Sample], list[Sample], int]:
-        """Everything drawn in a step, what of it goes on to credit, and the number of draws.
+    def _draw(self, step: int) -> tuple[list[Sample], list[Sample], dict[str, float]]:
+        """Everything drawn in a step, what of it goes on to credit, and how the batch was filled.
 
         A domain that is short of groups whose rewards differ draws its whole share again; what is over is left.
         """
@@ -234,7 +234,7 @@ class _Loop:
         seed = stage.seed * 1_000_003 + step
         drawn = self.driver.collect(self._prompts(step, list(self.pools)), stage.group, seed)
         if not stage.resample:
-            return drawn, drawn, 1
+            return drawn, drawn, {}
         share, fresh, draws = stage.prompts // len(self.pools), drawn, 1
         full: dict[str, list[list[Sample]]] = {d: [] for d in self.pools}
         while True:
@@ -248,7 +248,10 @@ class _Loop:
             for sample in fresh:
                 sample.group += f"+{draws}"
             drawn, draws = drawn + fresh, draws + 1
-        return drawn, [s for d in self.pools for group in full[d][:share] for s in group], draws
+        chosen = [s for d in self.pools for group in full[d][:share] for s in group]
+        found = sum(map(len, full.values())) / len({s.group for s in drawn})
+        vain = 1 - len(chosen) / len(drawn)
+        return drawn, chosen, {"draws": float(draws), "informative_groups": found, "drawn_in_vain": vain}
 
     def _prompts(self, number: int, domains: Sequence[str], series: int = 0) -> list[Task]:
         """Equal numbers of each domain's tasks, each domain in its own shuffled order, another one for each series."""
