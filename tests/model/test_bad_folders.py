@@ -177,6 +177,24 @@ def test_templates_that_cannot_be_used(name, folder):
     assert says in refused(folder, plans=plans)
 
 
+def test_a_turn_that_the_template_refuses_is_one_line():
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + GEMMA
+    tokenizer = bpe(template, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>")
+    check_tokenizer(tokenizer, "here")
+    turns = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1"}]
+    for ask in (lambda: Chat().prompt(tokenizer, turns), lambda: Chat().example(tokenizer, turns, turns)):
+        with pytest.raises(UserError, match="refuses messages of system, user: no system here"):
+            ask()
+
+
+def test_a_folder_that_changes_after_it_was_keyed_is_not_stored_under_that_key(folder):
+    stage = Pretrained(name="base", path=str(folder))
+    key(stage)
+    (folder / "notes.txt").write_text("new")
+    with pytest.raises(UserError, match="changed while the run was going on"):
+        make(stage, Store(folder.parent / "s"))
+
+
 def test_an_older_folder_holds_templates_by_name(folder):
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()

@@ -165,6 +165,20 @@ def test_one_bad_row_in_100_000_is_named(tmp_path):
         made(stage, tmp_path)
 
 
+def test_a_domain_of_which_no_row_is_left_is_an_error(tmp_path):
+    file = lines(tmp_path / "d.jsonl", {"prompt": "a", "domain": "x"}, {"prompt": "", "domain": "y"})
+    with pytest.raises(UserError, match="all rows of domain 'y' are bad"):
+        made(Files(name="f", path=str(file), skip_bad_rows=True), tmp_path)
+
+
+def test_a_file_that_changes_after_it_was_keyed_is_not_stored_under_that_key(file, tmp_path):
+    stage = Files(name="f", path=str(file))
+    key(stage)
+    lines(file, *file.read_text().splitlines()[1:])
+    with pytest.raises(UserError, match=r"d\.jsonl changed while the run was going on"):
+        made(stage, tmp_path)
+
+
 BAD = (
     *(
         '{"prompt": "a"',

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from pydantic import Field, field_validator
 
 from tutelage.graph import At, DataType, Kind, Stage, Type
-from tutelage.spec import SpecError, UserError, outside, suggest
+from tutelage.spec import SpecError, UserError, canonical, digest, outside, suggest
 from tutelage.text.files import OURS, BadRow, Shape, conform, data_files, records, shape_of
 
 QUOTED = 10
@@ -113,16 +113,18 @@ class Files(Stage):
         from tutelage.text.rows import write_tasks
 
         skipped: list[BadRow] = []
+        domains: set[str] = set()
         try:
-            rows = self._rows(ctx, skipped)
+            rows = self._rows(ctx, skipped, domains)
         except BadRow as bad:
             raise UserError(_hint(bad)) from None
+        need_unchanged(self, ctx)
         if not rows:
             raise UserError(f"all {len(skipped)} rows are bad; the first: {skipped[0].says}")
         parts: dict[str, list[dict[str, Any]]] = {port: [] for port in self.outputs}
         for row in sorted(rows, key=lambda row: _hash(f"order {row['id']}")):
             parts[self._split(row)].append(row)
-        self._check_parts(parts)
+        self._check_parts(parts, domains)
         ctx.facts["rows"] = {port: dict(Counter(row["domain"] for row in part)) for port, part in parts.items()}
         if self.skip_bad_rows:
             first, of = [bad.says for bad in skipped[:QUOTED]], len(rows) + len(skipped)
@@ -133,12 +135,17 @@ class Files(Stage):
         for port, part in parts.items():
             write_tasks(ctx.output(port), part)
 
-    def _rows(self, ctx: Any, skipped: list[BadRow]) -> list[dict[str, Any]]:
-        """All rows, checked, with different ids; bad ones are added to ``skipped``. Raises `BadRow`."""
+    def _rows(self, ctx: Any, skipped: list[BadRow], domains: set[str]) -> list[dict[str, Any]]:
+        """All rows, checked, with different ids; bad ones are added to ``skipped``. Raises `BadRow`.
+
+        ``domains`` receives those that any row names, bad ones too: the plan has promised them.
+        """
         rows: list[dict[str, Any]] = []
         shape, seen, made = None, dict[str, str](), Counter[str]()
         for where, record in self._parsed(skipped):
             shape = shape or shape_of(where, record, self.columns)
+            named = record.get(shape.theirs.get("domain", ""), self.domain)
+            domains |= {named} if isinstance(named, str) else set()
             try:
                 row = conform(where, record, shape, self.domain)
                 if record.get(shape.theirs.get("id", "")) in (None, ""):
@@ -169,15 +176,23 @@ class Files(Stage):
                 return name
         raise AssertionError("the shares do not sum to 100")
 
-    def _check_parts(self, parts: dict[str, list[dict[str, Any]]]) -> None:
+    def _check_parts(self, parts: dict[str, list[dict[str, Any]]], domains: set[str]) -> None:
         """Raises `UserError` for a split that has nothing of a domain."""
-        domains = Counter(row["domain"] for part in parts.values() for row in part)
+        counts = Counter(row["domain"] for part in parts.values() for row in part)
         for port, part in parts.items():
-            for domain in sorted(domains.keys() - {row["domain"] for row in part}):
+            for domain in sorted(domains - {row["domain"] for row in part}):
+                if not counts[domain]:
+                    raise UserError(f"{self.path}: all rows of domain {domain!r} are bad; mend them, or take them out")
                 raise UserError(
-                    f"{self.path}: none of the {domains[domain]} rows of domain {domain!r} fell into split {port!r}; "
+                    f"{self.path}: none of the {counts[domain]} rows of domain {domain!r} fell into split {port!r}; "
                     f"give more rows, a larger share to {self.name}.splits, or a file for each split"
                 )
+
+
+def need_unchanged(stage: Stage, ctx: Any) -> None:
+    """Raises `UserError` where what a stage has read is not what its key speaks of. For stages that take no inputs."""
+    if digest(canonical(stage, lambda spec: None)) != ctx.key:
+        raise UserError(f"{getattr(stage, 'path', '')} changed while the run was going on; run the same command again")
 
 
 def _hint(bad: BadRow) -> str:

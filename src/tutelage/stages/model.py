@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tutelage.graph import At, Kind, ModelType, Stage, Type
 from tutelage.spec import SpecError, UserError, content_hash, digest, outside, suggest
+from tutelage.stages.files import need_unchanged
 from tutelage.text.tokenizer import CHAT_TEMPLATE, SPECIAL
 
 
@@ -116,4 +117,5 @@ class Pretrained(Stage):
                 f"{self.path}: token {token!r} has id {last}, but the embedding has {rows} rows; "
                 "take the model's own tokenizer, or resize its embedding"
             )
+        need_unchanged(self, ctx)
         save_model(model, tokenizer, ctx.output("policy"))

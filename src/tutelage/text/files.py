@@ -22,7 +22,6 @@ import hashlib
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +230,7 @@ def _after(pattern: re.Pattern[str], text: str, at: int) -> int:
 
 
 def _csv(file: Path) -> Rows:
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(_decoded(file), newline=""), strict=True)
     header: list[str] = []
     while True:

@@ -22,12 +22,12 @@ class Chat(Spec):
 
     def prompt(self, tokenizer: Any, messages: Sequence[Message]) -> list[int]:
         """Token ids up to where the reply begins."""
-        return _ids(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True))
+        return _templated(tokenizer, messages, add_generation_prompt=True)
 
     def example(self, tokenizer: Any, messages: Sequence[Message], completion: Sequence[Message]) -> Sample:
         """Prompt and reply as a sample whose mask covers the reply and what closes it."""
         prompt = self.prompt(tokenizer, messages)
-        whole = _ids(tokenizer.apply_chat_template([*messages, *completion], tokenize=True))
+        whole = _templated(tokenizer, [*messages, *completion])
         if whole[: len(prompt)] != prompt:
             raise UserError("the chat template changes the prompt once a reply follows; its reply tokens cannot be told apart")
         return _sample(prompt, whole[len(prompt) :])
@@ -72,6 +72,17 @@ def _sample(prompt: Sequence[int], reply: Sequence[int]) -> Sample:
 
     tokens = np.array([*prompt, *reply], dtype=np.int64)
     return Sample(tokens, np.arange(len(tokens)) >= len(prompt))
+
+
+def _templated(tokenizer: Any, messages: Sequence[Message], **how: bool) -> list[int]:
+    """Token ids of messages. Raises `UserError` where the template refuses them, as some do with a system's turn."""
+    from jinja2 import TemplateError
+
+    try:
+        return _ids(tokenizer.apply_chat_template(list(messages), tokenize=True, **how))
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise UserError(f"the chat template refuses messages of {roles}: {_line(error)}") from None
 
 
 def _ids(found: Any) -> list[int]:
