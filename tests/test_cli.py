@@ -175,7 +175,8 @@ def stored(place: Path, *goals: toy.Goals) -> Store:
             mine = keys[stage.name] = key(stage)
             ins = [{"path": p, "key": key(a.of), "port": a.port, "step": a.step, "name": a.of.name} for p, a in inputs(stage)]
             metas[mine] = {
-                "name": stage.name, "kind": stage.kind(), "version": 1, "inputs": ins, "outputs": stage.outputs, "host": "h",
+                "name": stage.name, "kind": stage.kind(), "version": 1, "inputs": ins, "host": "h",
+                "outputs": {port: {"kind": kind} for port, kind in stage.outputs.items()},
                 "finished": 1.0 + len(metas), "seconds": 1.0, "cost": {"flops": 0.0}, "record": {},
             }  # fmt: skip
             if not store.has(mine):
@@ -313,15 +314,17 @@ def test_the_store_is_an_option_or_an_environment_variable(place):
     assert Store(place / "by-option").runs() == ["small-1"]
 
 
-def test_a_failing_stage_exits_with_1_and_names_itself(place):
-    bad = toy.Fail(name="bad", how="user")
+@pytest.mark.parametrize(("how", "code"), [("user", 2), ("bug", 1)])
+def test_a_failing_stage_names_itself_and_exits_by_whose_fault_it_is(place, how, code):
+    bad = toy.Fail(name="bad", how=how)
     goals = toy.Goals(recipe="r", stages=(toy.Fail(name="after", source=bad.out(), how="forget").out(),))
     (place / "bad.json").write_text(json.dumps(record(goals)))
     done = tutelage(place, "run", "bad.json")
-    assert done.returncode == 1
+    assert done.returncode == code
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines() == [
-        "stage 'bad' failed: the dataset is empty; give another",
+    first, last = done.stderr.splitlines()
+    assert first.startswith("stage 'bad' failed: " + {"user": "the dataset is empty; give another", "bug": "ZeroDivision"}[how])
+    assert [last] == [
         "error: 1 of 2 stages failed (bad); 1 more were not made; what was made is kept",
     ]
 

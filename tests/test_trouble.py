@@ -205,7 +205,7 @@ def test_a_damaged_input_is_found_before_it_is_read(store):
     outcome = go(store, count)
     assert outcome.exit_code == 2
     assert "its input 'data' is damaged" in outcome.failed["count"]
-    assert f"artifacts/{key(data)}/data" in outcome.failed["count"]
+    assert f"artifacts/{key(data)}/data/{file.name}" in outcome.failed["count"]
     assert "`tutelage store verify --remove`" in outcome.failed["count"]
     store.remove(key(data))
     assert go(store, count).state == "done"

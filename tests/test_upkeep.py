@@ -78,13 +78,12 @@ def cut(file: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "a flipped bit": (flip, "policy", "not what"),
-    "a cut file": (lambda f: cut(f / "policy" / "model.json"), "policy", "not what"),
-    "a missing file": (lambda f: (f / "policy" / "model.json").unlink(), "policy", "not what"),
-    "a surplus file": (lambda f: (f / "policy" / "more.bin").write_text(""), "policy", "not what"),
-    "a renamed file": (lambda f: (f / "policy" / "model.json").rename(f / "policy" / "m.json"), "policy", "not what"),
-    "a missing port": (lambda f: shutil.rmtree(f / "policy"), "policy", "is missing"),
-    "a surplus port": (lambda f: (f / "policy@7").mkdir(), "policy@7", "does not belong"),
+    "a flipped bit": (flip, "policy/model.json", "not what"),
+    "a cut file": (lambda f: cut(f / "policy" / "model.json"), "policy/model.json", "not what"),
+    "a missing file": (lambda f: (f / "policy" / "model.json").unlink(), "policy/model.json", "is missing"),
+    "a surplus file": (lambda f: (f / "policy" / "more.bin").write_text(""), "policy/more.bin", "does not belong"),
+    "a missing port": (lambda f: shutil.rmtree(f / "policy"), "policy/model.json", "is missing"),
+    "a surplus port": (lambda f: shutil.copytree(f / "policy", f / "policy@7"), "policy@7/model.json", "does not belong"),
     "a surplus file beside": (lambda f: (f / "notes").write_text(""), "notes", "does not belong"),
     "cut metrics": (lambda f: cut(f / "metrics.jsonl"), "metrics.jsonl", "not what"),
     "a missing log": (lambda f: (f / "log.txt").unlink(), "log.txt", "is missing"),
@@ -117,6 +116,15 @@ def test_damage_is_named_once_with_name_key_and_path(store, how):
     assert all(upkeep.damage(store, k) == [] for n, k in keys.items() if n != "base")
 
 
+def test_a_renamed_file_is_one_missing_and_one_too_many(store):
+    key = make(store, toy.small())["base"]
+    folder = store.folder(key) / "policy"
+    (folder / "model.json").rename(folder / "m.json")
+    missing, surplus = upkeep.damage(store, key)
+    assert missing.endswith("/policy/model.json: is missing")
+    assert surplus.endswith("/policy/m.json: does not belong there")
+
+
 def test_what_is_not_payload_is_no_damage(store):
     keys = make(store, toy.small())
     folder = store.folder(keys["base"])
@@ -127,7 +135,7 @@ def test_what_is_not_payload_is_no_damage(store):
 
 def test_artifacts_made_before_there_were_seals_verify(store):
     key = make(store, toy.small())["base"]
-    edit(store.folder(key) / "artifact.json", lambda m: (m.pop("seal"), m.pop("beside")))
+    edit(store.folder(key) / "artifact.json", lambda m: (m.pop("seal"), m.pop("files")))
     assert upkeep.damage(store, key) == []
     (store.folder(key) / "log.txt").unlink()
     assert upkeep.damage(store, key) == [], "nothing says that there was one"

@@ -327,16 +327,27 @@ def foreign_code(cls: type) -> dict[str, str]:
 def content_hash(path: Path, leave_out: Iterable[str] = ()) -> str:
     """Digest of a file, or of a folder's relative names and bytes, but for the names left out. Raises `UserError` where
     nothing is."""
+    return joint_hash(file_hashes(path, leave_out))
+
+
+def file_hashes(path: Path, leave_out: Iterable[str] = ()) -> dict[str, str]:
+    """Hex digest of a file (under the name ""), or of each file of a folder by its relative name. Raises `UserError`."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give the path of a file or folder that does")
+    found = {}
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        name = file.relative_to(path).as_posix() if file != path else ""
+        if not name or name not in leave_out:
+            with file.open("rb") as handle:
+                found[name] = hashlib.file_digest(handle, "blake2b").hexdigest()
+    return found
+
+
+def joint_hash(hashes: dict[str, str]) -> str:
+    """One digest of files by name, as `content_hash` gives it for their folder."""
     total = hashlib.blake2b(digest_size=16)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        if file != path and str(file.relative_to(path)) in leave_out:
-            continue
-        total.update(str(file.relative_to(path) if file != path else "").encode() + b"\0")
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "blake2b").digest())
+    for name, digest in hashes.items():
+        total.update(name.encode() + b"\0" + bytes.fromhex(digest))
     return total.hexdigest()
 
 

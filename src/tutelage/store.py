@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.files import append_line, read_jsonl, read_object, sync, sync_folder, trouble, write_json
+from tutelage.index import goals, summaries
 from tutelage.locks import Holder, held, hold
-from tutelage.spec import UserError, content_hash, digest, suggest
+from tutelage.spec import UserError, digest, file_hashes, joint_hash, suggest
 
 FORMAT = 1
 PARTS = ("artifacts", "work", "runs", "events", "locks")
@@ -123,21 +124,21 @@ class Store:
 
         Raises `UserError`.
         """
-        keys = self.keys()
-        near = [k for k in keys if k.startswith(text)] if len(text) >= 4 else []
+        made = summaries(self)
+        near = [k for k in made if k.startswith(text)] if len(text) >= 4 else []
         if len(near) == 1:
             return near[0]
         if near:
             raise UserError(f"{text!r} begins several keys: {', '.join(near[:5])}; give more of it")
-        metas = [self.meta(k) for k in keys]
-        named = [m for m in metas if m["name"] == text]
+        named = [s for s in made.values() if s.name == text]
         if not named:
-            raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {m['name'] for m in metas})}")
+            raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {s.name for s in made.values()})}")
+        of_runs = goals(self)
         for run in reversed(self.runs()):
-            for goals in self._goals(run):
-                if self.has(found := str(goals.get("keys", {}).get(text, ""))):
-                    return found
-        return max(named, key=lambda m: m["finished"])["key"]
+            for _, keys in of_runs.get(run, ()):
+                if keys.get(text) in made:
+                    return keys[text]
+        return max(named, key=lambda s: s.finished).key
 
     def keys(self) -> list[str]:
         """Of everything published."""
@@ -169,9 +170,10 @@ class Store:
         for cut_short in work.glob(".*.json.*"):
             cut_short.unlink()
         ports = sorted(p for p in work.iterdir() if p.is_dir() and "checkpoint-" not in p.name)
-        beside = sorted(p for p in work.iterdir() if p.is_file() and p.name != "artifact.json")
-        meta = {**meta, "key": key, "content": {p.name: content_hash(p, leave_out=("README.md",)) for p in ports}}
-        meta["beside"] = {p.name: content_hash(p) for p in beside}
+        hashes = {p.name: file_hashes(p, leave_out=("README.md",)) for p in ports}
+        files = {f"{port}/{name}": each for port, of in hashes.items() for name, each in of.items()}
+        files |= {p.name: file_hashes(p)[""] for p in sorted(work.iterdir()) if p.is_file() and p.name != "artifact.json"}
+        meta = {**meta, "key": key, "content": {port: joint_hash(of) for port, of in hashes.items()}, "files": files}
         write_json(work / "artifact.json", {**meta, "seal": seal(meta)})
         sync(work)
         if final.exists() and not self.has(key):  # a removal that was cut short
@@ -226,13 +228,6 @@ class Store:
             (began.get(f.stem, -1), f.stat().st_mtime_ns, len(f.stem), f.stem) for f in (self.root / "runs").glob("*.json")
         ]
         return [name for *_, name in sorted(files)]
-
-    def _goals(self, run: str) -> list[dict[str, Any]]:
-        try:
-            goals = read_object(self.root / "runs" / f"{run}.json").get("goals")
-        except UserError:
-            return []
-        return [g for g in goals if isinstance(g, dict)] if isinstance(goals, list) else []
 
     def load_run(self, run: str) -> dict[str, Any]:
         """A run by name, by a recipe's name (its newest), or ``last``. Raises `UserError`."""

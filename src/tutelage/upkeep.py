@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tutelage.files import read_object
 from tutelage.index import FORMAT, goals, goals_of, misfit, size, summaries
 from tutelage.locks import Holder
-from tutelage.spec import UserError, content_hash, suggest
+from tutelage.spec import UserError, content_hash, file_hashes, suggest
 from tutelage.store import Store, seal
 
 Told = Callable[[int], None]
@@ -48,36 +49,38 @@ def damage(store: Store, key: str, told: Told = lambda size: None) -> list[str]:
         return [f"{where}/artifact.json: {_short(error)}"]
     if wrong := misfit(meta, key):
         return [f"{where}/artifact.json: {wrong}"]
+    hashes = meta.get("files", meta.get("content"))  # older ones have one hash for each port, and no seal
+    if not isinstance(hashes, dict) or not all(isinstance(h, str) for h in hashes.values()):
+        return [f"{where}/artifact.json: lists no hashes"]
     found = []
-    sealed = "seal" in meta or "beside" in meta  # older ones have neither
-    if sealed and meta.get("seal") != seal(meta):
+    if ("seal" in meta or "files" in meta) and meta.get("seal") != seal(meta):
         found.append(f"{where}/artifact.json: was changed after it was made")
-    hashes = {}
-    for part in ("content", "beside") if sealed else ("content",):
-        listed = meta.get(part)
-        if not isinstance(listed, dict) or not all(isinstance(h, str) for h in listed.values()):
-            return [*found, f"{where}/artifact.json: lists no hashes under {part!r}"]
-        hashes.update(listed)
     for name, was in sorted(hashes.items()):
         if wrong := _differs(folder / name, was, told):
             found.append(f"{where}/{name}: {wrong}")
-    spared = {"artifact.json", *hashes} if sealed else {"artifact.json", "metrics.jsonl", "log.txt", *hashes}
-    surplus = sorted(p.name for p in folder.iterdir() if p.name not in spared and not _unfinished(p))
-    return found + [f"{where}/{name}: does not belong there" for name in surplus]
+    return found + [f"{where}/{name}: does not belong there" for name in _surplus(folder, meta)]
+
+
+def _surplus(folder: Path, meta: dict[str, Any]) -> list[str]:
+    """Files, of older artifacts ports, that it does not list and that are not model cards or what a kill has left."""
+    if "files" not in meta:
+        spared = {"artifact.json", "metrics.jsonl", "log.txt", *meta["content"]}
+        return sorted(p.name for p in folder.iterdir() if p.name not in spared and not _unfinished(p))
+    names = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    extra = (n for n in names if not _unfinished(Path(n.parts[0])) and n.as_posix() not in meta["files"])
+    return sorted(n.as_posix() for n in extra if n.as_posix() != "artifact.json" and n.parts[1:] != ("README.md",))
 
 
 def _differs(path: Path, was: str, told: Told) -> str:
-    """What is wrong with a port's folder or a file, if anything."""
+    """What is wrong with a file, or an older artifact's port, if anything."""
     if not path.exists():
         return "is missing"
     try:
-        now = content_hash(path, leave_out=("README.md",))
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+        now = file_hashes(path)[""] if path.is_file() else content_hash(path, leave_out=("README.md",))
+    except (OSError, KeyError) as error:
+        return f"cannot be read: {getattr(error, 'strerror', None) or 'it is a folder'}"
     told(size(path))
-    if now == was:
-        return ""
-    return "its content is not what was made" if path.is_file() else "its files or their content are not what was made"
+    return "" if now == was else "its content is not what was made"
 
 
 def _unfinished(path: Path) -> bool:
