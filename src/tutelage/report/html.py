@@ -3,7 +3,7 @@
 Everything the page says comes from `collect` and from the transcripts in the store; report.html arranges it and
 report.css colours it, light and dark. Every text of the run is escaped. Sections that have nothing to show say so.
 
-Leaves out: several runs side by side, and interaction beyond opening and closing.
+Leaves out: several runs side by side (compare_show.py), and interaction beyond opening and closing.
 """
 
 from __future__ import annotations
