@@ -1,6 +1,9 @@
 """Published methods on a bandit: they plan, learn and resume; what the stage gives them; what it refuses."""
 
+import inspect
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from tutelage.losses.correction import IcePop, SequenceMask, TruncatedIS
 from tutelage.losses.kl import K3
 from tutelage.losses.policy import DAPO
 from tutelage.rollout.base import Sampling
+from tutelage.spec import Spec
 from tutelage.stages import methods
 from tutelage.stages.model import NewModel
 from tutelage.store import Store
@@ -219,3 +223,16 @@ def test_resampling_of_single_samples():
 
 def test_a_kept_mask_without_top_p():
     refused(rl(loss=DAPO(kept_mask=True)), "kept")
+
+
+# --- the pages ---
+
+
+def test_every_method_loss_rule_and_correction_is_on_its_page():
+    pages = "".join(p.read_text("utf-8") for p in sorted((Path(__file__).parents[2] / "docs" / "methods").glob("*.md")))
+    said = set(re.findall(r"\w+", pages))
+    classes = [getattr(methods, n) for n in vars(methods) if isinstance(getattr(methods, n), type)]
+    assert {c.__name__ for c in classes if issubclass(c, Spec)} | {"K1", "OverlongFilter"} <= said
+    named = {n for n, f in vars(methods).items() if inspect.isfunction(f) and f.__module__ == methods.__name__}
+    assert named <= said
+    assert len(named) == len(METHODS)
