@@ -338,8 +338,11 @@ def file_hashes(path: Path, leave_out: Iterable[str] = ()) -> dict[str, str]:
     for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
         name = file.relative_to(path).as_posix() if file != path else ""
         if not name or name not in leave_out:
-            with file.open("rb") as handle:
-                found[name] = hashlib.file_digest(handle, "blake2b").hexdigest()
+            try:
+                with file.open("rb") as handle:
+                    found[name] = hashlib.file_digest(handle, "blake2b").hexdigest()
+            except OSError as error:
+                raise UserError(f"cannot read {file}: {error.strerror}") from None
     return found
 
 

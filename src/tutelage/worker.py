@@ -97,7 +97,7 @@ class Worker:
             built = from_record(self._records[goals])
             self._stages[goals] = {key(s): s for s in order(at.of for at in all_goals(built))}
         if wanted not in self._stages[goals]:
-            raise RuntimeError(f"no stage has the key {wanted} in the worker: some field does not survive its record")
+            raise UserError("what it was planned with (an outside file, a library, its code) has changed since; run again")
         return self._stages[goals][wanted]
 
     def _perform(self, job: Order) -> None:
