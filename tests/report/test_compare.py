@@ -97,7 +97,7 @@ def test_one_seed_of_right_and_wrong():
 
 
 def test_seeds_are_paired_with_themselves_and_summed_by_task():
-    a, b = {s: drawn(s) for s in (0, 1, 2)}, {s: drawn(10 + s, p=0.6) for s in (0, 1, 5)}
+    a, b = {s: drawn(s) for s in (0, 1, 2)}, {s: drawn(10 + s, p=0.6) for s in (0, 1, 5, 6)}
     found = paired("d", a, b)
     assert found["test"] == "sign flip"
     assert [s["seed"] for s in found["seeds"]["a"]] == [0, 1]  # the seeds both have
