@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -162,14 +161,12 @@ class Killer(Silent):
 
 
 def drawn(rng: random.Random, usual: Killer, kinds: dict[str, str], kills: int) -> dict[str, list[Moment]]:
-    """``kills`` moments: one for each stage, the rest in equal parts for each kind; after a first kill, early ones."""
-    counts = usual.boundaries()
+    """``kills`` moments: one for each stage, two at least for each kind, the rest by the boundaries a stage has."""
+    counts, of_kind = usual.boundaries(), Counter(kinds.values())
+    chosen = [*kinds, *(mine for mine, kind in kinds.items() if of_kind[kind] == 1)]
+    chosen += rng.choices(list(kinds), [counts[mine] for mine in kinds], k=max(0, kills - len(chosen)))
     found: dict[str, list[Moment]] = {mine: [] for mine in kinds}
-    of_kind: dict[str, list[str]] = {}
-    for mine, kind in kinds.items():
-        of_kind.setdefault(kind, []).append(mine)
-    turns = cycle(of_kind.values())
-    for mine in [*kinds, *(rng.choice(next(turns)) for _ in range(kills - len(kinds)))]:
+    for mine in chosen:
         found[mine].append(_moment(rng, counts[mine], usual.seconds[mine], first=not found[mine]))
     return found
 
@@ -241,9 +238,10 @@ def differences(whole: Store, other: Store, goals: Goals) -> list[str]:
             continue
         one, two = whole.meta(mine), other.meta(mine)
         found += [f"{stage.name}: {part} differs" for part in ("content", "cost", "facts") if one[part] != two[part]]
-        lines = ([{k: v for k, v in m.items() if k not in TIMED} for m in s.metrics(mine)] for s in (whole, other))
-        if next(lines) != next(lines):
-            found.append(f"{stage.name}: metrics differ")
+        lines = [[{k: v for k, v in m.items() if k not in TIMED} for m in s.metrics(mine)] for s in (whole, other)]
+        if lines[0] != lines[1]:
+            names = {k for a, b in zip(*lines, strict=False) for k in a | b if a.get(k) != b.get(k)}
+            found.append(f"{stage.name}: metrics differ ({len(lines[0])} and {len(lines[1])} lines): {sorted(names)}")
         folders = [{p.name for p in s.folder(mine).glob("[!.]*") if "checkpoint-" not in p.name} for s in (whole, other)]
         if folders[0] != folders[1]:
             found.append(f"{stage.name}: folders {sorted(folders[0])} and {sorted(folders[1])}")

@@ -67,7 +67,7 @@ def quickstart(folder: Path, seed: int, kills: int) -> dict[str, Any]:
     killer = Killer(folder / "killed", drawn(rng, usual, kinds, kills))
     wrong: list[str] = []
     for _ in range(kills):
-        outcome, more = once(goals, broken, killer, every=rng.choice((0.0, 0.0, 0.2)))
+        outcome, more = once(goals, broken, killer, every=rng.choice((0.0, 0.0, 0.0, 0.2)))
         wrong += more
         if outcome.state == "done":
             break
@@ -98,12 +98,16 @@ def worker(folder: Path, seed: int, kills: int) -> dict[str, Any]:
         shutil.copytree(start.root, folder / "broken")
         store = Store(folder / "broken")
         found = []
-        for _ in range(kills + 2):
-            outcome, more = once(goals, store, killer, every=0)
-            found += more
-        if outcome.state != "done":
-            found.append(f"it ends as {outcome.state}")
-        wrong += [f"{first}, {again}: {f}" for f in found + differences(whole, store, goals)]
+        try:
+            for _ in range(kills + 2):
+                outcome, more = once(goals, store, killer, every=0)
+                found += more
+            if outcome.state != "done":
+                found.append(f"it ends as {outcome.state}")
+            found += differences(whole, store, goals)
+        except Exception as error:
+            found.append(repr(error))
+        wrong += [f"{first}, {again}: {f}" for f in found]
         died += len(killer.died)
         shutil.rmtree(store.root)
     return {"wrong": wrong, "moments": len(moments), "kills": died}
@@ -122,15 +126,37 @@ def parent(folder: Path, seed: int, kills: int) -> dict[str, Any]:
     for moment in moments:
         root = folder / "broken"
         died += _parent(goals, root, moment) == -9
-        store = Store(root)
-        outcome, found = once(goals, store, killer, every=0)
-        if outcome.state != "done" or store.load_run("last")["state"] != "done":
-            found.append(f"it ends as {outcome.state}")
-        for name in store.runs():
-            store.load_run(name)
-        wrong += [f"{moment}: {f}" for f in found + differences(whole, store, goals)]
+        found = []
+        try:
+            store = Store(root)
+            outcome, found = once(goals, store, killer, every=0)
+            if outcome.state != "done" or store.load_run("last")["state"] != "done":
+                found.append(f"it ends as {outcome.state}")
+            for name in store.runs():
+                store.load_run(name)
+            found += differences(whole, store, goals)
+        except Exception as error:
+            found.append(repr(error))
+        wrong += [f"{moment}: {f}" for f in found]
         shutil.rmtree(root)
     return {"wrong": wrong, "moments": len(moments), "kills": died}
+
+
+def clock(folder: Path, seed: int, kills: int) -> dict[str, Any]:
+    """A stage of 1.2 seconds with checkpoints 0.2 seconds apart, killed at random times: how many steps it lost each time."""
+    warm()
+    count = toy.Count(name="count", source=toy.Make(name="data").out(), steps=60, pause=0.02)
+    goals, mine, rng = Goals(recipe="toy", stages=(count.out(),)), key(count), random.Random(seed)
+    store, killer = Store(folder / "broken"), Killer(folder / "killed")
+    killer.moments = {mine: [Moment(seconds=rng.uniform(0.25, 0.65)) for _ in range(kills)]}
+    wrong, lost = [], []
+    for _ in range(kills + 1):
+        outcome, more = once(goals, store, killer, every=0.2)
+        wrong += more
+        if outcome.state == "done":
+            break
+        lost.append(len(store.metrics(mine)) - (store.checkpoint(mine) or 0))
+    return {"wrong": wrong, "state": outcome.state, "lost": lost}
 
 
 def _parent(goals: Goals, root: Path, moment: Moment, trace: Path | None = None) -> int:
@@ -151,4 +177,4 @@ def _parent(goals: Goals, root: Path, moment: Moment, trace: Path | None = None)
 if __name__ == "__main__":
     os.fsync = lambda handle: None  # as in sitecustomize.py
     name, where, *numbers = sys.argv[1:]
-    print(json.dumps({f.__name__: f for f in (quickstart, worker, parent)}[name](Path(where), *map(int, numbers))))
+    print(json.dumps({f.__name__: f for f in (quickstart, worker, parent, clock)}[name](Path(where), *map(int, numbers))))

@@ -1,7 +1,9 @@
 """Ends its own process with SIGKILL at one boundary: a call through which Python changes files.
 
-Boundaries are the functions of ``os`` named below, every opening of a file for writing, the first write to it and its
-truncation. A kill falls ``before`` the call, ``after`` it, or leaves it ``torn``: half of what was to be written is.
+Boundaries are the functions of ``os`` named below, its ``open`` for writing and ``write``; every file object opened for
+writing, the first write to it and its truncation. A kill falls ``before`` the call, ``after`` it, or leaves it ``torn``: half
+of what was to be written is.
+
 With this folder first on PYTHONPATH and ``KILL_AT`` set, such as ``worker:17:after``, every such process (``worker`` or
 ``parent``) dies at its 17th boundary. A process that imports this module and calls `install` sets the moment by `arm`.
 
@@ -78,6 +80,10 @@ def _os_open(path: Any, flags: int, *args: Any, **more: Any) -> int:
     return _boundary("open", path, lambda: _open(path, flags, *args, **more))
 
 
+def _os_write(handle: int, data: Any) -> int:
+    return _boundary("write", handle, lambda: _write(handle, data), lambda: _write(handle, data[: len(data) // 2]))
+
+
 def _file_open(file: Any, mode: str = "r", *args: Any, **more: Any) -> Any:
     if not set(mode) & set("wax+") or isinstance(file, int):
         return _io_open(file, mode, *args, **more)
@@ -102,7 +108,7 @@ def install() -> None:
     """Replaces the functions."""
     for name in CALLS:
         setattr(os, name, _counted(name))
-    os.open, io.open, builtins.open = _os_open, _file_open, _file_open  # type: ignore[assignment]
+    os.open, os.write, io.open, builtins.open = _os_open, _os_write, _file_open, _file_open  # type: ignore[assignment]
 
 
 if "KILL_AT" in os.environ:
