@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "estimate": {"spec", "graph", "store", "index"},
     "explain": {"spec", "graph", "store", "index"},
     "card": {"spec", "store", "ancestry", "estimate"},
-    "worker": {"spec", "files", "locks", "graph", "store", "context", "card", "upkeep"},
+    "worker": {"explain", "spec", "files", "locks", "graph", "store", "context", "card", "upkeep"},
     "run": {"spec", "graph", "store", "estimate"},
     "progress": {"graph", "estimate"},
     "catalog": {"spec", "graph"},

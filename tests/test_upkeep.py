@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from tests import toy
 from tutelage import cli, upkeep
+from tutelage.ancestry import gather
 from tutelage.context import Context
 from tutelage.graph import Goals, plan
 from tutelage.index import summaries
@@ -216,7 +217,7 @@ def test_the_keys_of_a_run_are_the_whole_ancestry(store):
     make(store, toy.small(), toy.small(seed=1))
     for goals in upkeep.goals(store).values():
         keys = {k for _, each in goals for k in each.values()}
-        assert keys == {m["key"] for k in keys for m in store.lineage(k)}
+        assert keys == {m for k in keys for m in gather(store, store.meta(k)).metas}
 
 
 def two_runs(store: Store) -> tuple[set[str], set[str]]:

@@ -251,24 +251,6 @@ class Store:
         file = self.root / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         append_line(file, {"time": time.time(), "event": what, **facts})
 
-    # --- lineage ---
-
-    def lineage(self, key: str) -> list[dict[str, Any]]:
-        """The metas of an artifact and of everything it was made from, ancestors first."""
-        done: dict[str, dict[str, Any]] = {}
-        stack = [(key, False)]
-        while stack:
-            each, ready = stack.pop()
-            if each in done:
-                continue
-            meta = self.meta(each)
-            if ready:
-                done[each] = meta
-            else:
-                stack.append((each, True))
-                stack.extend((i["key"], False) for i in meta["inputs"])
-        return list(done.values())
-
 
 def seal(meta: dict[str, Any]) -> str:
     """A digest of an ``artifact.json`` but for the seal itself: what tells that it was changed."""

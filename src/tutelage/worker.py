@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 
 from tutelage.card import card
 from tutelage.context import Context, Stopped
+from tutelage.explain import marks
 from tutelage.files import trouble
 from tutelage.graph import Stage, all_goals, from_record, key, order
 from tutelage.locks import Holder
@@ -239,6 +240,7 @@ class Worker:
             "versions": {"python": platform.python_version(), **{p: of(p) for p in LIBRARIES}},
             "code": self.code,
             "threads": stage.threads,
+            "marks": marks(stage),
             **({"seed": seed} if seed is not None else {}),
         }
 

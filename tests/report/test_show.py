@@ -97,7 +97,7 @@ def test_a_table_that_names_no_row_is_told(tmp_path, monkeypatch):
 def test_terminal_of_partial_runs(tmp_path):
     assert "no table" in printed(synthetic.build(tmp_path / "a", table=False, n=20))
     text = printed(synthetic.build(tmp_path / "b", n=20, skip=("mopd", "eval student")))
-    assert "running" in text
+    assert "interrupted" in text
     assert "Recovery" not in text
 
 

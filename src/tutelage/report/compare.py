@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tutelage.ancestry import gather
 from tutelage.explain import classes, differences
 from tutelage.index import summaries
 from tutelage.report import data, stats
@@ -96,7 +97,7 @@ def side_of_artifact(store: Store, name: str, key: str, port: str) -> Side:
     """An artifact with all it was made from, and the evaluations that read it (its own scores, where it is one)."""
     stages: dict[str, dict[int, str]] = {}
     records: dict[str, dict[int, JSON]] = {}
-    for meta in store.lineage(key):
+    for meta in gather(store, store.meta(key)).metas.values():
         label = meta["name"] if meta["name"] not in stages else f"{meta['name']} ({meta['key'][:8]})"
         stages[label], records[label] = {ALONE: meta["key"]}, {ALONE: meta["record"]}
     own = store.meta(key)
