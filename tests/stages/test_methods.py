@@ -61,6 +61,17 @@ class Picky(Vowel):
         return await super().__call__(task, reply) if task.id <= "f" else Score(0.0)
 
 
+SEEN: list[str] = []
+
+
+class Even(Verifier):
+    """The same for every reply: nothing to learn from. Notes whom it judged."""
+
+    async def __call__(self, task, reply, ctx=None):
+        SEEN.append(task.id)
+        return Score(0.5)
+
+
 def bandit(fields, verifier=Vowel, **more):
     asks = any(isinstance(rule, Reference) for rule in fields["credit"])
     small = {"steps": 14, "group": 8, "minibatches": 2, "optimizer": AdamW(lr=0.01), "sampling": Sampling(max_new_tokens=2)}
@@ -140,6 +151,19 @@ def test_resampling_fills_the_batch_within_its_bound_and_pays_for_every_token(tm
     for m in full:  # exactly the batch asked for, whatever was over
         assert (1 - m["drawn_in_vain"]) * m["draws"] == pytest.approx(1)
     assert all(0 < m["informative_groups"] < 1 for m in found)
+
+
+def test_a_step_in_vain_stops_at_the_bound_and_still_says_what_was_drawn(tmp_path):
+    store = Store(tmp_path / "s")
+    SEEN.clear()
+    fields = {"credit": (GroupRelative(),), "loss": DAPO(), "resample": 3}
+    stage = bandit(fields, Even, steps=2, group=2)
+    make(stage, store)
+    for m in lines(store, stage):
+        assert (m["draws"], m["drawn_in_vain"], m["informative_groups"], m["reward"]) == (4, 1, 0, 0.5)
+    assert same(weights(store, stage), weights(store, INIT))
+    again = SEEN[4 * 2 : 16 * 2]  # the further draws of the first step: all twelve tasks of the domain, none twice
+    assert len(set(again)) == 12
 
 
 def test_resampling_changes_nothing_where_the_first_draw_is_full(tmp_path):
