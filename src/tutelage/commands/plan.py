@@ -107,6 +107,10 @@ def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, Reason
     return {**arguments, "stages": stages, "totals": totals, "records": [record(g) for g in chosen.goals]}
 
 
+MANY = 200
+"""Rows above which a table is plain text."""
+
+
 def _plan_table(made: Plan, estimator: Any, why: dict[str, Reason], out: Console) -> None:
     """One line for stages that differ in nothing shown but their names; where the terminal is narrow, why stands below it."""
     from rich.padding import Padding
@@ -125,6 +129,8 @@ def _plan_table(made: Plan, estimator: Any, why: dict[str, Reason], out: Console
     wide = out.width >= 110
     widths = [max([len(head), *(row[0][i].cell_len for row in rows)]) for i, head in enumerate(HEADS)]
     widths[0] = min(widths[0], max(20, out.width // 4 if wide else out.width - sum(widths[1:]) - 2 * len(HEADS)))
+    if len(rows) > MANY:
+        return _plain(rows, widths, wide, out)
     table = _columns(widths, wide, header=True)
     for cells, because, sources in rows:
         table.add_row(*cells, *((because, sources) if wide else ()))
@@ -135,6 +141,14 @@ def _plan_table(made: Plan, estimator: Any, why: dict[str, Reason], out: Console
             table = _columns(widths, wide, header=False)
     if wide:
         out.print(table, highlight=False)
+
+
+def _plain(rows: list[tuple[list[Text], Text, Text]], widths: list[int], wide: bool, out: Console) -> None:
+    """The same as aligned text: a table of many rows takes longer to draw than the plan to make."""
+    for cells, because, sources in rows:
+        line = "  ".join(c.plain.ljust(w) for c, w in zip(cells, widths, strict=True))
+        rest = f"{because.plain} ← {sources.plain}" if sources.plain else because.plain
+        print(f"{line}  {rest}" if wide else f"{line.rstrip()}\n  {rest}")
 
 
 def _columns(widths: list[int], wide: bool, header: bool) -> Table:
