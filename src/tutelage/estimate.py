@@ -8,6 +8,7 @@ Leaves out: memory, transfers, and the seconds a worker takes to import torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from heapq import heapify, heappop, heappush
 from statistics import median
 
 from tutelage.graph import Node, Plan
@@ -79,21 +80,26 @@ def span(nodes: list[Node], seconds: Callable[[Node], float], cores: int) -> flo
     """Seconds until all nodes are made on so many cores, scheduled as the runner does."""
     first = priorities(nodes, seconds)
     left, by_key = waits(nodes), {n.key: n for n in nodes}
-    waiting = sorted(by_key, key=lambda k: -first[k])
+    below: dict[str, list[str]] = {k: [] for k in left}
+    for k, before in left.items():
+        for each in before:
+            below[each].append(k)
+    rank = {k: (-first[k], n) for n, k in enumerate(left)}
+    ready = [(rank[k], k) for k in left if not left[k]]
+    heapify(ready)
     running: list[tuple[float, str]] = []
     now, free = 0.0, cores
-    while waiting or running:
-        for k in [k for k in waiting if not left[k]]:
-            if slots(by_key[k], cores) > free:
-                break
+    while ready or running:
+        while ready and slots(by_key[ready[0][1]], cores) <= free:
+            k = heappop(ready)[1]
             free -= slots(by_key[k], cores)
-            waiting.remove(k)
-            running.append((now + seconds(by_key[k]), k))
-        now, done = min(running)
-        running.remove((now, done))
+            heappush(running, (now + seconds(by_key[k]), k))
+        now, done = heappop(running)
         free += slots(by_key[done], cores)
-        for ends in left.values():
-            ends.discard(done)
+        for k in below[done]:
+            left[k].discard(done)
+            if not left[k]:
+                heappush(ready, (rank[k], k))
     return now
 
 
