@@ -141,6 +141,18 @@ def test_kimis_mask_is_blind_to_the_sign_where_ppos_is_not(log_ratio, sign):
     assert c.run(Kimi())[1].any()
 
 
+def test_intellect_3s_icepop_has_kimis_gradient():
+    """Σ r_t Â_t where the ratio lies within the bounds, else nothing: another value, the same gradient."""
+    c = policy_case(5)
+    coefficients = []
+    for t, x in zip(tokens(c), log_ratios(tokens(c)), strict=True):
+        coefficients.append(-math.exp(x) * t.signals["advantage"] if 0.9 <= math.exp(x) <= 1.3 else 0.0)
+    expected = [[k * g for g in t.score_function(1.0)] for t, k in zip(tokens(c), coefficients, strict=True)]
+    assert 0 < coefficients.count(0.0) < len(coefficients)
+    gradient = c.run(Kimi(low=math.log(0.9), high=math.log(1.3)))[1]
+    torch.testing.assert_close(gradient, torch.tensor(expected, dtype=torch.float64))
+
+
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 

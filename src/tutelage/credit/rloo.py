@@ -1,4 +1,4 @@
-"""RLOO: a reply against the mean of the *other* replies to its prompt (Ahmadian et al., arXiv 2402.14740, Eq. 8).
+"""RLOO: a reply against the mean of the *other* replies to its prompt (Ahmadian et al., arXiv 2402.14740).
 
     Â_i = r_i − 1/(n−1) Σ_{j≠i} r_j = n/(n−1) · (r_i − mean(group))
 
