@@ -5,10 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from tutelage.stages.health import Health, ngram_repetition, repetition, watched
+from tutelage.stages.health import Health, ngram_repetition, repetition
 from tutelage.types import Sample
 
-GOOD = {"reward": 0.4, "entropy": 1.0, "informative": 0.7, "length": 100.0, "truncated": 0.05, "repeated": 0.0, "alike": 0.1}
+GOOD = {"reward": 0.4, "entropy": 1.0, "informative_groups": 0.7, "length": 100.0, "truncated": 0.05} | {
+    "repeated": 0.0,
+    "alike": 0.1,
+}
 RULE = Health(window=4)
 
 
@@ -20,8 +23,8 @@ def history(end, gain=0.0, steps=12):
 
 
 SIGNS = {
-    "solved": {"informative": 0.02, "reward": 0.99, "entropy": 0.01, "alike": 1.0},
-    "stuck": {"informative": 0.02},
+    "solved": {"informative_groups": 0.02, "reward": 0.99, "entropy": 0.01, "alike": 1.0},
+    "stuck": {"informative_groups": 0.02},
     "entropy": {"entropy": 0.05},
     "longer": {"length": 500.0},
     "shorter": {"length": 20.0},
@@ -41,13 +44,19 @@ def test_each_sign_stops_without_gain_and_warns_with_it(sign):
     assert RULE.judge(history(SIGNS[sign])[:-4]).level == "ok"
 
 
+def test_a_policy_that_is_right_may_be_sure_alike_and_short_of_room():
+    right = {"reward": 0.97, "entropy": 0.2, "truncated": 1.0, "alike": 1.0, "informative_groups": 0.2}
+    assert RULE.judge(history(right)).level == "ok"
+    assert RULE.judge(history({**right, "entropy": 0.05})).sign == "solved"
+
+
 def test_one_bad_step_is_no_sign():
     steps = [GOOD] * 11 + [{**GOOD, "truncated": 1.0, "entropy": 0.0, "repeated": 0.7}]
     assert RULE.judge(steps).level == "ok"
 
 
 def test_nothing_is_said_before_two_windows_are_full():
-    bad = {**GOOD, "informative": 0.0}
+    bad = {**GOOD, "informative_groups": 0.0}
     assert [RULE.judge([bad] * n).level for n in (1, 7, 8)] == ["ok", "ok", "stop"]
 
 
@@ -61,11 +70,6 @@ def test_long_replies_and_low_entropy_with_a_rising_reward_only_warn():
     """What a run that learns to reason looks like."""
     steps = [{**GOOD, "reward": 0.2 + 0.02 * i, "length": 100.0 + 60 * i, "entropy": 0.9**i} for i in range(30)]
     assert {RULE.judge(steps[:n]).level for n in range(31)} == {"ok", "warn"}
-
-
-def test_with_dynamic_sampling_the_share_is_of_all_that_was_drawn():
-    found = watched({"informative_groups": 1.0, "drawn_in_vain": 0.95, "reward": 0.1, "kl": 3.0})
-    assert found == {"informative": pytest.approx(0.05), "reward": 0.1}
 
 
 def naive_repetition(tokens, n):

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 
 from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.spec import SpecError, UserError
-from tutelage.stages.passrate import COUNT, RATE
+from tutelage.stages.passrate import COUNT, RATE, need_rates
 
 Row = dict[str, Any]
 COLUMNS = {"id": "string", "domain": "string", "rate": "float64", "count": "int64", "kept": "bool", "why": "string"}
@@ -104,15 +104,6 @@ class Choose(Stage):
                 )
             found[domain] = {"band": [low, high], "pool": of.total(), **{reason: of[reason] for reason in REASONS}}
         return found
-
-
-def need_rates(types: Callable[[At], Type], tasks: At) -> DataType:
-    """The type of a dataset whose tasks have pass rates. Raises `SpecError`."""
-    found = types(tasks)
-    if not isinstance(found, DataType) or RATE not in found.signals:
-        where = f"{tasks.of.name}.{tasks.port}"
-        raise SpecError(f"{where} holds no pass rates; put a PassRate stage between, and take its tasks")
-    return found
 
 
 def matched(pool: Sequence[Row], chosen: Sequence[Row], seed: int) -> list[Row]:

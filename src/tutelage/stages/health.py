@@ -2,21 +2,22 @@
 
 A *sign* is something wrong in the mean of the last ``window`` steps:
 
-    solved      reward ≥ ``solved`` and informative share < ``informative``      the tasks teach no more
-    stuck       informative share < ``informative``, reward below that           no group has replies that differ in reward
-    entropy     entropy < ``entropy`` · entropy of the first window              the policy no longer explores
-    longer      length > ``length`` · length of the first window                 replies run away
-    shorter     length < length of the first window / ``length``                 replies collapse
-    truncated   share of replies that were cut at max_new_tokens > ``truncated``
     repeated    share of replies that repeat themselves > ``repeated``
-    alike       share of replies that equal another reply to their prompt > ``alike``, and a sign of their own only where the
-                reward is below ``solved``: many right answers are alike
+    solved      reward ≥ ``solved``, and stuck or entropy              nothing is left to learn
+    longer      length > ``length`` · length of the first window       replies run away
+    shorter     length < length of the first window / ``length``       replies collapse
+    entropy     entropy < ``entropy`` · entropy of the first window    the policy no longer explores
+    stuck       share of groups that differ in reward < ``informative``
+    truncated   share of replies that were cut at max_new_tokens > ``truncated``
+    alike       share of replies that equal another reply to their prompt > ``alike``
+
+The last four are none where the reward is ``solved``: right answers are alike, sure and as long as they need to be.
 
 A sign warns: long replies and a low entropy come with learning too. A sign *while the reward of the last window is no higher
 than that of the window before* is compute spent on nothing, and ends the stage. The thresholds are heuristics of
 this project, chosen so that a run which learns passes them; their reasons stand in docs/methods/health.md.
 
-The informative share is that of all groups drawn: with dynamic sampling, what was not drawn in vain. A reply repeats itself
+The informative share (``informative_groups``) is that of all groups drawn in a step. A reply repeats itself
 when more than half of its token 4-grams came before in it (seq-rep-4 > 1/2; Welleck et al., arXiv 1908.04319); that a half
 is too much is ours, as is the share of equal replies.
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 NGRAM = 4
 """tokens"""
-WATCHED = ("reward", "entropy", "informative", "length", "truncated", "repeated", "alike")
+WATCHED = ("reward", "entropy", "informative_groups", "length", "truncated", "repeated", "alike")
 """What a step is remembered by."""
 Step = dict[str, float]
 """The watched metrics of one step; those that a stage does not have are missing."""
@@ -88,36 +89,32 @@ class Health(Spec):
         return mean([s[name] for s in steps[end - self.window : end] if name in s])
 
     def _signs(self, steps: Sequence[Step]) -> Iterator[tuple[str, str, str]]:
-        """(sign, cause, usual fix) of what is wrong, the likeliest cause first."""
+        """(sign, cause, usual fix) of what is wrong, the gravest first."""
         now = {name: self._mean(steps, name, 0) for name in WATCHED}
         first = {name: mean([s[name] for s in steps[: self.window] if name in s]) for name in WATCHED}
-        share, reward = now["informative"], now["reward"]
-        if share < self.informative and reward >= self.solved:
-            cause = f"the tasks are learned: {share:.0%} of the groups differ in reward, which is {reward:.2f} in the mean"
-            yield "solved", cause, "take fewer steps or harder tasks"
+        calm, stuck = now["entropy"] < self.entropy * first["entropy"], now["informative_groups"] < self.informative
+        left, share = now["entropy"] / (first["entropy"] or 1.0), now["informative_groups"]
+        solved = now["reward"] >= self.solved
         if now["repeated"] > self.repeated:
             cause = f"the policy degenerates, or is paid for it: {now['repeated']:.0%} of the replies repeat themselves"
             yield "repeated", cause, "lower the learning rate, or look at what the reward pays"
-        if now["entropy"] < self.entropy * first["entropy"]:
-            left = now["entropy"] / first["entropy"]
-            cause = f"the policy no longer explores: entropy is {now['entropy']:.2g} nats, {left:.0%} of its start"
-            yield "entropy", cause, "lower the learning rate, or raise clip_high or the temperature"
-        if share < self.informative:
-            cause = f"most sampling teaches nothing: {share:.0%} of the groups have replies that differ in reward"
-            yield "stuck", cause, "choose tasks by pass rate, raise group, or start from a better policy"
-        yield from self._shapes(now, first)
-
-    def _shapes(self, now: Step, first: Step) -> Iterator[tuple[str, str, str]]:
-        """The signs that the replies' form gives."""
+        if solved and (stuck or calm):
+            yield "solved", f"the tasks are learned: the mean reward is {now['reward']:.2f}", "take fewer steps or harder tasks"
         tokens = f"from {first['length']:.0f} to {now['length']:.0f} tokens"
-        if now["truncated"] > self.truncated:
-            cause = f"replies have no room: {now['truncated']:.0%} are cut at max_new_tokens"
-            yield "truncated", cause, "raise it, or shape the reward of long replies (SoftOverlong)"
         if now["length"] > self.length * first["length"]:
             yield "longer", f"replies run away, {tokens}", "shape the reward of long replies, or lower the learning rate"
         if now["length"] < first["length"] / self.length:
             yield "shorter", f"replies collapse, {tokens}", "look at whether the reward pays for giving up"
-        if now["alike"] > self.alike and now["reward"] < self.solved:
+        if calm and not solved:
+            cause = f"the policy no longer explores: entropy is {now['entropy']:.2g} nats, {left:.0%} of its start"
+            yield "entropy", cause, "lower the learning rate, or raise clip_high or the temperature"
+        if stuck and not solved:
+            cause = f"most sampling teaches nothing: {share:.0%} of the groups have replies that differ in reward"
+            yield "stuck", cause, "choose tasks by pass rate, raise group, or start from a better policy"
+        if now["truncated"] > self.truncated and not solved:
+            cause = f"replies have no room: {now['truncated']:.0%} are cut at max_new_tokens"
+            yield "truncated", cause, "raise it, or shape the reward of long replies (SoftOverlong)"
+        if now["alike"] > self.alike and not solved:
             cause = f"groups have nothing to compare: {now['alike']:.0%} of the replies equal another one to their prompt"
             yield "alike", cause, "raise the temperature, or lower the learning rate"
 
@@ -129,11 +126,8 @@ def mean(values: Sequence[float]) -> float:
 
 
 def watched(metrics: dict[str, float]) -> Step:
-    """What of a step's metrics is remembered; the informative share is taken of everything that was drawn."""
-    found = dict(metrics)
-    if "informative_groups" in metrics:
-        found["informative"] = metrics["informative_groups"] * (1 - metrics.get("drawn_in_vain", 0.0))
-    return {name: found[name] for name in WATCHED if name in found}
+    """What of a step's metrics is remembered."""
+    return {name: metrics[name] for name in WATCHED if name in metrics}
 
 
 def repetition(samples: Sequence[Sample]) -> dict[str, float]:
@@ -150,9 +144,8 @@ def repetition(samples: Sequence[Sample]) -> dict[str, float]:
 
 def ngram_repetition(tokens: np.ndarray, n: int = NGRAM) -> float:
     """seq-rep-n of tokens int [T]: 1 − distinct n-grams / n-grams; 0 where there is no n-gram."""
-    import numpy as np
-
-    if len(tokens) < n:
+    count = len(tokens) - n + 1
+    if count < 1:
         return 0.0
-    grams = np.lib.stride_tricks.sliding_window_view(tokens, n)
-    return 1 - len(np.unique(grams, axis=0)) / len(grams)
+    listed = tokens.tolist()
+    return 1 - len(set(zip(*(listed[i : count + i] for i in range(n)), strict=True))) / count

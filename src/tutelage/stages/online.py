@@ -5,6 +5,9 @@ advantage, a teacher's log-probs), and takes one update per minibatch. What make
 ``loss`` alone; stages/methods.py has the published pairs. With ``teachers`` every domain has exactly one teacher, checked
 before any weight loads. ``resample`` is DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): prompts are drawn until the
 batch is full of groups whose rewards differ, so many times at most; what was drawn in vain is paid for and logged.
+``curriculum`` chooses the prompts by their pass rates; ``temperature`` moves that of the sampling, and of everything that is
+compared with it. Where ``health`` stops a stage, the policy is published as it is, with the verdict in the facts: a run
+that collapsed is a result too, and what does not depend on its quality, such as a table over seeds, stays whole.
 
 Leaves out: asynchronous rollouts, value models, several policies in one stage.
 """
@@ -26,9 +29,13 @@ from tutelage.graph import At, Kind, ModelType, Stage, Type
 from tutelage.learn.optim import AdamW, Muon, Schedule
 from tutelage.losses.base import Loss
 from tutelage.rollout.base import Sampling
-from tutelage.spec import SpecError, suggest
+from tutelage.spec import SpecError, UserError, suggest
+from tutelage.stages.curriculum import Curriculum
 from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
 from tutelage.stages.fit import batch_order, need_series
+from tutelage.stages.health import Health, Step, Verdict, repetition, watched
+from tutelage.stages.passrate import need_rates, rates
+from tutelage.stages.temperature import RaiseOnPlateau, TemperatureSchedule
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample, Signal, Task
 
@@ -71,6 +78,12 @@ class Online(Stage):
     """updates a step; more than one makes the later ones off-policy"""
     template: Template = Chat()
     sampling: Sampling = Sampling()
+    temperature: TemperatureSchedule | None = None
+    """Moves the temperature of ``sampling``; None leaves it where it is."""
+    curriculum: Curriculum | None = None
+    """Chooses each step's prompts by their pass rates; None asks all in a shuffled order before any comes again."""
+    health: Health | None = None
+    """Says, ends or fails where nothing is learned any more."""
     checkpoints: tuple[int, ...] = ()
     """Steps kept as a series that edges may name."""
     seed: int = Field(0, ge=0)
@@ -89,12 +102,29 @@ class Online(Stage):
         self._check_signals()
         if self.resample and self.group == 1:
             raise SpecError("resample looks for groups whose rewards differ, but group is 1; set group to 2 or more")
+        self._check_pacing(types)
         need_series(self.checkpoints, self.steps)
         if len(set(self.domains)) < len(self.domains):
             raise SpecError(f"domains names one twice: {', '.join(self.domains)}")
         if self.prompts % len(self.domains):
             raise SpecError(f"prompts {self.prompts} cannot be shared equally by {len(self.domains)} domains")
         return {"policy": replace(model, checkpoints=self.checkpoints)}
+
+    def _check_pacing(self, types: Callable[[At], Type]) -> None:
+        if self.curriculum:
+            need_rates(types, self.tasks)
+        if self.temperature:
+            self.temperature.check(self.sampling.temperature)
+        if isinstance(self.temperature, RaiseOnPlateau):
+            trial = self.temperature.select_on
+            for domain in self.domains:
+                need_domain(types, trial, domain)
+            if (trial.of, trial.port) == (self.tasks.of, self.tasks.port):
+                raise SpecError("temperature.select_on names the tasks that are trained on; give development tasks")
+        if self.health and self.health.action == "end" and self.checkpoints:
+            raise SpecError(
+                "checkpoints cannot be promised by a stage that health may end before; set health.action to warn or fail"
+            )
 
     def _check_teachers(self, types: Callable[[At], Type], model: ModelType) -> None:
         if not self.teachers:
@@ -179,6 +209,10 @@ class _Loop:
         for task in read_tasks(ctx.input(stage.tasks)):
             if task.domain in self.pools:
                 self.pools[task.domain].append(task)
+        self.rates = {d: rates(tasks) for d, tasks in self.pools.items()} if stage.curriculum else {}
+        self.heat = stage.temperature.begin(stage.sampling.temperature) if stage.temperature else {}
+        self.development = self._development(stage.temperature) if isinstance(stage.temperature, RaiseOnPlateau) else {}
+        self.history: list[Step] = []
 
     def _scorer(self, at: At, vocab: int) -> Scorer:
         from tutelage.learn.learner import ModelScorer
@@ -195,18 +229,29 @@ class _Loop:
         stage, ctx = self.stage, self.ctx
         step, folder = ctx.resume()
         if folder:
-            self.learner.restore(torch.load(folder / "state.pt"))
+            state = torch.load(folder / "state.pt")
+            self.learner.restore(state)
+            self.heat, self.history = state.get("heat", self.heat), state.get("history", self.history)
         while step < stage.steps:
-            self._step(step)
+            verdict = self._step(step)
             step += 1
+            if self._ends(step, verdict):
+                break
             if step in stage.checkpoints:
                 self._write(ctx.output("policy", step))
-            ctx.boundary(step, lambda to: torch.save(self.learner.state(), to / "state.pt"))
+            ctx.boundary(step, self._save)
         self._write(ctx.output("policy"))
 
-    def _step(self, step: int) -> None:
+    def _save(self, folder: Path) -> None:
+        import torch
+
+        torch.save({**self.learner.state(), "heat": self.heat, "history": self.history}, folder / "state.pt")
+
+    def _step(self, step: int) -> Verdict:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
         self.policy.refresh(step)
+        if stage.temperature:
+            self._heat(stage.temperature.at(self.heat, step, stage.steps))
         drawn, chosen, filled = self._draw(step)
         self.policy.charge(ctx.cost)
         metrics = _describe(drawn)
@@ -218,9 +263,70 @@ class _Loop:
             metrics.update(self._update(trained, step))
         tokens = sum(int(s.mask.sum()) for s in drawn)
         metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
+        if stage.temperature:
+            metrics["temperature"] = self.driver.sampling.scored_at
+            self.heat, tried = stage.temperature.after(self.heat, metrics["reward"], lambda t: self._trial(t, step + 1))
+            metrics |= tried
+        verdict = self._judge(metrics)
         ctx.log(step + 1, **metrics)
         shown = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
         ctx.progress(step + 1, stage.steps, **shown)
+        return verdict
+
+    def _judge(self, metrics: dict[str, float]) -> Verdict:
+        """What health thinks of the stage with this step; adds its part to the step's metrics."""
+        if not self.stage.health:
+            return Verdict("ok")
+        self.history.append(watched(metrics))
+        verdict = self.stage.health.judge(self.history)
+        metrics["health"] = float(("ok", "warn", "stop").index(verdict.level))
+        return verdict
+
+    def _ends(self, step: int, verdict: Verdict) -> bool:
+        """Whether the stage ends after this step; says every sign once. Raises `UserError` where it is to fail."""
+        health = self.stage.health
+        if not health or verdict.level == "ok":
+            return False
+        told = self.ctx.facts.setdefault("health", [])
+        if not any((t["level"], t["sign"]) == verdict[:2] for t in told):
+            told.append({"step": step, **verdict._asdict()})
+            print(f"health, step {step}, {verdict.level}: {verdict.says}")
+        if verdict.level == "stop" and health.action == "fail":
+            raise UserError(f"health stopped {self.stage.name} after step {step}: {verdict.says}")
+        return verdict.level == "stop" and health.action == "end"
+
+    def _heat(self, temperature: float) -> None:
+        """From now on samples are drawn, and everybody is compared, at this temperature."""
+        self.driver.sampling = self.driver.sampling.model_copy(update={"temperature": temperature})
+        self.credit_context.temperature = temperature
+
+    def _trial(self, temperature: float, version: int) -> float:
+        """The mean over domains of the development score at a temperature. Its tokens are on no budget."""
+        stage, schedule = self.stage, self.stage.temperature
+        assert isinstance(schedule, RaiseOnPlateau)
+        sampling = stage.sampling.model_copy(update={"temperature": temperature})
+        self.policy.refresh(version)
+        driver = self.policy.driver(stage.template, stage.env, sampling)
+        means = []
+        for tasks in self.development.values():
+            samples = driver.collect(tasks, schedule.samples, stage.seed)
+            means.append(_mean([s.scalars["reward"] for s in samples]))
+        engine, facts = self.policy.engine, self.ctx.facts
+        facts["development_tokens"] = facts.get("development_tokens", 0) + engine.sampled + engine.prefilled
+        engine.sampled = engine.prefilled = 0
+        return _mean(means)
+
+    def _development(self, schedule: RaiseOnPlateau) -> dict[str, list[Task]]:
+        from tutelage.text.rows import read_tasks
+
+        found: dict[str, list[Task]] = {d: [] for d in self.pools}
+        for task in read_tasks(self.ctx.input(schedule.select_on)):
+            if task.domain in found and len(found[task.domain]) < schedule.limit:
+                found[task.domain].append(task)
+        for domain, tasks in found.items():
+            if not tasks:
+                raise UserError(f"{schedule.select_on.of.name}.{schedule.select_on.port} holds no task of domain {domain!r}")
+        return found
 
     def _draw(self, step: int) -> tuple[list[Sample], list[Sample], dict[str, float]]:
         """Everything drawn in a step, what of it goes on to credit, and how the batch was filled.
@@ -243,8 +349,7 @@ class _Loop:
             short = [d for d in self.pools if len(full[d]) < share]
             if not short or draws > stage.resample:
                 break
-            again = step * stage.resample + draws - 1  # a series of its own: the first draws stay what they are without it
-            fresh = self.driver.collect(self._prompts(again, short, 1), stage.group, request_seed(seed, "resample", draws))
+            fresh = self.driver.collect(self._prompts(step, short, draws), stage.group, request_seed(seed, "resample", draws))
             for sample in fresh:
                 sample.group += f"+{draws}"
             drawn, draws = drawn + fresh, draws + 1
@@ -253,14 +358,21 @@ class _Loop:
         vain = 1 - len(chosen) / len(drawn)
         return drawn, chosen, {"draws": float(draws), "informative_groups": found, "drawn_in_vain": vain}
 
-    def _prompts(self, number: int, domains: Sequence[str], series: int = 0) -> list[Task]:
-        """Equal numbers of each domain's tasks, each domain in its own shuffled order, another one for each series."""
-        share = self.stage.prompts // len(self.pools)
-        found = []
+    def _prompts(self, step: int, domains: Sequence[str], draw: int = 0) -> list[Task]:
+        """Equal numbers of each domain's tasks, by the curriculum or in the domain's own shuffled order."""
+        stage, found = self.stage, []
+        share, series = stage.prompts // len(self.pools), 0
+        number = step
+        if draw:  # a series of its own: the first draws stay what they are without it
+            number, series = step * stage.resample + draw - 1, 1
         for k, (domain, tasks) in enumerate(self.pools.items()):
-            if domain in domains:
-                order = batch_order(len(tasks), share, number, self.stage.seed * 1009 + k + series * len(self.pools))
-                found += [tasks[i] for i in order]
+            if domain not in domains:
+                continue
+            if stage.curriculum:
+                order = stage.curriculum.pick(self.rates[domain], share, step, stage.steps, stage.seed * 1009 + k, draw)
+            else:
+                order = batch_order(len(tasks), share, number, stage.seed * 1009 + k + series * len(self.pools))
+            found += [tasks[i] for i in order]
         return found
 
     def _assign(self, drawn: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:
@@ -275,16 +387,16 @@ class _Loop:
 
     def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
         """One pass over the samples in whole groups; the metrics of its first minibatch, which is on-policy."""
-        stage = self.stage
+        stage, temperature = self.stage, self.driver.sampling.scored_at
         if AT_START in stage.loss.needs():
-            for sample, signal in zip(samples, self.learner.score(samples, stage.sampling.scored_at, "logp"), strict=True):
+            for sample, signal in zip(samples, self.learner.score(samples, temperature, "logp"), strict=True):
                 sample.signals[AT_START] = signal
             self.ctx.cost.spend("scored", sum(len(s.tokens) for s in samples), self.policy.params)
         if self.driver.sets:
             _widen(samples)
         first: dict[str, float] = {}
         for part in _minibatches(samples, stage.minibatches):
-            metrics = self.learner.forward_backward(part, stage.loss, stage.sampling.scored_at, self._extras())
+            metrics = self.learner.forward_backward(part, stage.loss, temperature, self._extras())
             metrics |= self.learner.step(stage.schedule.factor(step, stage.steps))
             self.ctx.cost.spend("trained", sum(len(s.tokens) for s in part), self.policy.params)
             first = first or metrics
@@ -333,6 +445,7 @@ def _describe(samples: Sequence[Sample]) -> dict[str, float]:
         "length": _mean([float(s.mask.sum()) for s in samples]),
         "truncated": _mean([float(s.stop == "length") for s in samples]),
         "verifier_errors": 1 - len(scored) / len(samples),
+        **repetition(samples),
     }
     domains = sorted({s.domain for s in samples})
     if len(domains) > 1:

@@ -16,17 +16,20 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from tutelage.envs.base import Env
-from tutelage.graph import At, Kind, Stage, Type
+from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError
 from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
 from tutelage.text.template import Chat, Template
-from tutelage.types import Sample
+from tutelage.types import Sample, Task
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RATE, COUNT = "pass_rate", "pass_count"
 """Keys of ``meta``; the first is also what `DataType.signals` promises."""
@@ -77,19 +80,19 @@ class PassRate(Stage):
         policy = Policy(ctx.input(self.model), self.slots)
         driver = policy.driver(self.template, self.env, self.sampling)
         done, folder = ctx.resume()
-        rates = _read(folder) if folder else []
+        found = _read(folder) if folder else []
         part = max(1, 2 * self.slots // self.samples)
         while done < len(tasks):
             asked = tasks[done : done + part]
             drawn = driver.collect(asked, self.samples, self.seed)
             policy.charge(ctx.cost)
-            rates.extend(measured([task.id for task in asked], drawn))
+            found.extend(measured([task.id for task in asked], drawn))
             done += len(asked)
-            known = [rate for rate, _ in rates if rate is not None]
+            known = [rate for rate, _ in found if rate is not None]
             ctx.log(done, pass_rate=sum(known) / len(known) if known else None)
             ctx.progress(done, len(tasks))
-            ctx.boundary(done, lambda to: _write(to, rates))
-        for row, (rate, count) in zip(rows, rates, strict=True):
+            ctx.boundary(done, lambda to: _write(to, found))
+        for row, (rate, count) in zip(rows, found, strict=True):
             row["meta"] = {**(row.get("meta") or {}), RATE: rate, COUNT: count}
         ctx.facts["pass_rate"] = {d: _summary([row["meta"] for row in rows if row["domain"] == d]) for d in self.domains}
         write_tasks(ctx.output("tasks"), rows)
@@ -109,6 +112,25 @@ def measured(tasks: Sequence[str], samples: Sequence[Sample]) -> list[tuple[floa
         if sample.task and not (sample.score and sample.score.error):
             sound[sample.task.id].append(sample.scalars["reward"])
     return [(sum(of) / len(of) if of else None, len(of)) for of in sound.values()]
+
+
+def need_rates(types: Callable[[At], Type], tasks: At) -> DataType:
+    """The type of a dataset whose tasks have pass rates. Raises `SpecError`."""
+    found = types(tasks)
+    if not isinstance(found, DataType) or RATE not in found.signals:
+        where = f"{tasks.of.name}.{tasks.port}"
+        raise SpecError(f"{where} holds no pass rates; put a PassRate stage between, and take its tasks")
+    return found
+
+
+def rates(tasks: Sequence[Task]) -> np.ndarray:
+    """float [n]: the tasks' pass rates. Raises `UserError` for one without."""
+    import numpy as np
+
+    for task in tasks:
+        if task.meta.get(RATE) is None:
+            raise UserError(f"task {task.id!r} has no pass rate; a Choose stage leaves out what could not be measured")
+    return np.array([task.meta[RATE] for task in tasks], float)
 
 
 def _summary(metas: Sequence[dict[str, Any]]) -> dict[str, float]:
