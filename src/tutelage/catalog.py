@@ -50,10 +50,12 @@ class Chosen:
 def recipes() -> dict[str, Recipe]:
     """Every recipe there is, by name."""
     found: dict[str, Recipe] = {}
-    for file in sorted((Path(__file__).parent / "recipes").glob("[!_]*.py")):
+    home = Path(__file__).parent / "recipes"
+    for file in sorted(home.rglob("[!_]*.py"), key=lambda f: (len(f.parts), f)):
         text = _describe(file, file.stem)
         if text is not None:
-            found[file.stem] = Recipe(file.stem, text, f"tutelage.recipes.{file.stem}:{file.stem}")
+            way = file.relative_to(home).with_suffix("").parts
+            found["/".join(way)] = Recipe("/".join(way), text, f"tutelage.recipes.{'.'.join(way)}:{file.stem}")
     for point in entry_points(group="tutelage.recipes"):
         module, _, function = point.value.partition(":")
         text = None

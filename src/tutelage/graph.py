@@ -107,11 +107,11 @@ class Table(Spec):
 
     rows: dict[str, dict[str, At]]
     """checkpoint label -> domain -> edge to scores; in display order."""
-    before: str
-    """The row of the checkpoint that enters distillation."""
-    after: str
+    before: str = ""
+    """The row of the checkpoint that enters distillation; a table without a distillation leaves these three out."""
+    after: str = ""
     """The row of the student."""
-    teachers: dict[str, str]
+    teachers: dict[str, str] = {}
     """domain -> the row of its teacher."""
     controls: tuple[str, ...] = ()
     """Rows that are controls."""
@@ -356,7 +356,7 @@ def plan(goals: Sequence[Goals], has: Callable[[str], bool]) -> Plan:
 
 def _check_table(table: Table) -> None:
     """Raises `SpecError` where the table names a row or a domain that it does not have."""
-    named = {"before": table.before, "after": table.after}
+    named = {where: row for where, row in (("before", table.before), ("after", table.after)) if row}
     named |= {f"teachers.{d}": row for d, row in table.teachers.items()}
     named |= {f"controls.{i}": row for i, row in enumerate(table.controls)} | {f"sources.{r}": r for r in table.sources}
     for where, row in named.items():

@@ -6,6 +6,8 @@ at the size of a laptop: a character-level decoder of a third of a million param
 
 from __future__ import annotations
 
+from typing import Any
+
 from tutelage.credit.group import GroupRelative
 from tutelage.credit.teacher import Teacher
 from tutelage.envs.single import SingleTurn
@@ -22,7 +24,7 @@ from tutelage.stages.online import Online
 from tutelage.stages.tasks import TaskSplits
 from tutelage.tasks.base import ALPHABET, LAYOUT
 from tutelage.tasks.gym import Base, Reverse, Sort, Sum
-from tutelage.text.template import Chat, Document
+from tutelage.text.template import Chat, Document, Template
 from tutelage.verify.gym import ReasoningGym
 
 DOMAINS = (
@@ -37,6 +39,7 @@ NAMES = tuple(d.name for d in DOMAINS)
 SOLVED = SingleTurn(verifier=ReasoningGym(answer_after="="))
 """The library's scorer on what follows the last ``=`` (the whole reply where there is none)."""
 LONGEST = 72
+GREEDY = Sampling(temperature=0.0, max_new_tokens=LONGEST)
 
 
 def quickstart(seed: int = 0, base: str | None = None) -> Goals:
@@ -45,21 +48,8 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
     ``seed`` decides every training stage, never the tasks. ``base``: a Hugging Face folder to start from instead of the
     small decoder pretrained here.
     """
-    tasks = TaskSplits(name="tasks", domains=DOMAINS)
-    start = _pretrained(tasks, seed) if base is None else Pretrained(name="pretrain", path=base)
-    greedy = Sampling(temperature=0.0, max_new_tokens=LONGEST)
-    select = Selection(tasks=tasks.out("dev"), env=SOLVED, every=20, limit=125, patience=3, sampling=greedy)
-    sft = Fit(
-        name="sft",
-        model=start.out(),
-        data=tasks.out("gold"),
-        optimizer=AdamW(lr=1e-3),
-        schedule=Schedule(warmup=5),
-        steps=200,
-        select=select,
-        seed=seed,
-    )
-    specialists = {name: _specialist(name, tasks, sft, seed) for name in NAMES}
+    tasks, start, sft = started(seed, base)
+    specialists = {name: specialist(name, tasks, sft, seed=seed) for name in NAMES}
     student = Online(
         name="mopd",
         model=sft.out(),
@@ -85,13 +75,31 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
         schedule=Schedule(warmup=5),
         steps=100_000,
         budget=tuple(stage.out() for stage in specialists.values()),
-        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=100, limit=125, patience=8, sampling=greedy),
+        select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=100, limit=125, patience=8, sampling=GREEDY),
         seed=seed,
     )
     checkpoints: dict[str, Stage] = {"base": start, "sft": sft}
     checkpoints |= {f"specialist {name}": stage for name, stage in specialists.items()}
     checkpoints |= {"student": student, "sft continued": continued}
     return _goals(tasks, checkpoints, seed)
+
+
+def started(seed: int, base: str | None = None) -> tuple[TaskSplits, Stage, Fit]:
+    """The tasks, the base and the SFT policy that everything else starts from; studies start there too."""
+    tasks = TaskSplits(name="tasks", domains=DOMAINS)
+    start = _pretrained(tasks, seed) if base is None else Pretrained(name="pretrain", path=base)
+    select = Selection(tasks=tasks.out("dev"), env=SOLVED, every=20, limit=125, patience=3, sampling=GREEDY)
+    sft = Fit(
+        name="sft",
+        model=start.out(),
+        data=tasks.out("gold"),
+        optimizer=AdamW(lr=1e-3),
+        schedule=Schedule(warmup=5),
+        steps=200,
+        select=select,
+        seed=seed,
+    )
+    return tasks, start, sft
 
 
 def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
@@ -110,24 +118,34 @@ def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
     )
 
 
-def _specialist(name: str, tasks: TaskSplits, sft: Stage, seed: int) -> Stage:
-    """RLVR on one domain: GRPO's group-relative advantage, DAPO's token-level loss and filter, no KL."""
-    return Online(
-        name=f"rl-{name}",
-        model=sft.out(),
-        tasks=tasks.out("rl"),
-        domains=(name,),
+def specialist(domain: str, tasks: TaskSplits, sft: Stage, **changes: Any) -> Online:
+    """RLVR on one domain: GRPO's group-relative advantage, DAPO's token-level loss and filter, no KL; with other fields."""
+    fields: dict[str, Any] = {
+        "name": f"rl-{domain}",
+        "credit": (GroupRelative(),),
+        "loss": DAPO(),
+        "optimizer": AdamW(lr=2e-4),
+        "schedule": Schedule(warmup=5),
+        "steps": CLIMB[domain],
+        "prompts": 32,
+        "group": 8,
+        "sampling": Sampling(max_new_tokens=LONGEST),
+    }
+    play = {"model": sft.out(), "tasks": tasks.out("rl"), "domains": (domain,), "env": SOLVED}
+    return Online(**{**fields, **play, **changes})
+
+
+def measured(label: str, stage: Stage, tasks: TaskSplits, domain: str, template: Template | None = None) -> At:
+    """Greedy accuracy of a checkpoint on a domain's held-out tasks."""
+    return Evaluate(
+        name=f"eval {label} / {domain}",
+        model=stage.out(),
+        tasks=tasks.out("heldout"),
+        domain=domain,
         env=SOLVED,
-        credit=(GroupRelative(),),
-        loss=DAPO(),
-        optimizer=AdamW(lr=2e-4),
-        schedule=Schedule(warmup=5),
-        steps=CLIMB[name],
-        prompts=32,
-        group=8,
-        sampling=Sampling(max_new_tokens=LONGEST),
-        seed=seed,
-    )
+        sampling=GREEDY,
+        template=template or Chat(),
+    ).out()
 
 
 def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals:
@@ -135,20 +153,9 @@ def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals
     rows: dict[str, dict[str, At]] = {}
     sources: dict[str, At] = {}
     for label, stage in checkpoints.items():
-        template = Document(format=LAYOUT, stop=("\n",)) if label == "base" else Chat()
+        template = Document(format=LAYOUT, stop=("\n",)) if label == "base" else None
         sources[label] = stage.out()
-        rows[label] = {
-            name: Evaluate(
-                name=f"eval {label} / {name}",
-                model=stage.out(),
-                tasks=tasks.out("heldout"),
-                domain=name,
-                env=SOLVED,
-                sampling=Sampling(temperature=0.0, max_new_tokens=LONGEST),
-                template=template,
-            ).out()
-            for name in NAMES
-        }
+        rows[label] = {name: measured(label, stage, tasks, name, template) for name in NAMES}
     rows["majority answer"] = {
         name: Majority(
             name=f"majority / {name}",
