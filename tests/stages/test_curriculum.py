@@ -89,7 +89,7 @@ def test_trap_far_tasks_have_weights_below_the_smallest_float():
 
 
 def test_draws_are_fixed_by_seed_and_step():
-    draw = lambda step, seed: MovingGaussian().pick(RATES, 8, step, 9, seed)  # noqa: E731
+    draw = lambda step, seed: UniformDraw().pick(RATES, 8, step, 9, seed)  # noqa: E731
     assert draw(2, 1) == draw(2, 1)
     assert draw(2, 1) != draw(3, 1)
     assert draw(2, 1) != draw(2, 2)

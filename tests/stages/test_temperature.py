@@ -41,6 +41,12 @@ def test_a_flat_reward_raises_the_temperature_as_far_as_one_percent_allows():
     assert asked == [0.8, 1.0, 1.2, 1.4]
 
 
+def test_a_loss_of_exactly_one_percent_is_allowed():
+    """0.13 − 0.01 is above 0.12 in floats."""
+    assert 0.13 - 0.01 > 0.12
+    assert run(plateau(), [0.4] * 5, {0.8: 0.13, 1.0: 0.12, 1.2: 0.05, 1.4: 0.05})[0][-1] == 1.0
+
+
 def test_where_heat_costs_too_much_the_temperature_stays():
     seen, asked = run(plateau(), [0.4] * 9, {0.8: 0.50, 1.0: 0.48, 1.2: 0.1, 1.4: 0.0})
     assert seen == [0.8] * 9
