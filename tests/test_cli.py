@@ -211,7 +211,7 @@ def test_a_damaged_run_file_is_named(place, monkeypatch, capsys):
 def test_lineage_says_which_seed_and_shows_a_thing_before_it_says_shown_above(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     stored(place, *map(toy.small, (0, 1, 2)))
-    code, out, err = say(monkeypatch, capsys, "lineage", "left")
+    code, out, err = say(monkeypatch, capsys, "lineage", "left", "--short")
     assert code == 0, err
     assert "left@2 (newest of 3 seeds: left@0, left@1, left@2)" in out
     assert "newest of" not in say(monkeypatch, capsys, "lineage", "left@1")[1]
@@ -224,7 +224,7 @@ def test_lineage_says_which_seed_and_shows_a_thing_before_it_says_shown_above(pl
 
     join = Two(name="join", before=deep.out(), other=shared.out())
     stored(place, toy.Goals(recipe="r", stages=(join.out(),)))
-    lines = say(monkeypatch, capsys, "lineage", "join")[1].splitlines()
+    lines = say(monkeypatch, capsys, "lineage", "join", "--short")[1].splitlines()
     where = [n for n, line in enumerate(lines) if "shared" in line]
     assert ["(shown above)" in lines[n] for n in where] == [False, True]
 
@@ -295,7 +295,7 @@ def test_run_then_plan_then_run_again_then_lineage(place):
     from_run = tutelage(place, "plan", "store/runs/small-1.json")
     assert "nothing to run" in from_run.stdout
 
-    shown = tutelage(place, "lineage", "left@3:policy")
+    shown = tutelage(place, "lineage", "left@3:policy", "--short")
     assert shown.returncode == 0, shown.stderr
     for part in ("left:policy  Count", "base:policy  Count", "more:data  Make", "data:data  Make", "4 stages"):
         assert part in shown.stdout

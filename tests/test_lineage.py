@@ -239,7 +239,7 @@ def test_replicates_are_called_by_their_seeds(store, capsys):
 def test_the_tree_has_one_line_for_each_stage_and_names_every_edge(store, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     small(store)
-    code, out, _ = say(capsys, "lineage", "control")
+    code, out, _ = say(capsys, "lineage", "control", "--short")
     assert code == 0
     assert all(len(line) <= int(columns) for line in out.splitlines() if not line.startswith("files:"))
     for name in ("tasks", "base", "sft", "left", "right", "mopd", "control"):
@@ -253,14 +253,14 @@ def test_the_tree_has_one_line_for_each_stage_and_names_every_edge(store, capsys
 
 def test_where_hosts_differ_every_line_has_its_own(store, capsys):
     small(store)
-    assert "on here, code abc1234" in say(capsys, "lineage", "sft")[1]
+    assert "on here, code abc1234" in say(capsys, "lineage", "sft", "--short")[1]
     put(store, "base", {"policy": MODEL}, host="elsewhere")
-    out = say(capsys, "lineage", "sft")[1]
+    out = say(capsys, "lineage", "sft", "--short")[1]
     assert "on here" not in out
     assert next(line for line in out.splitlines() if "base:policy" in line).endswith("elsewhere")
 
 
-def test_full_tells_the_spec_by_what_differs_and_the_content(store, capsys):
+def test_lineage_tells_the_spec_by_what_differs_and_the_content(store, capsys):
     from tutelage.graph import Goals, record
     from tutelage.learn.optim import AdamW
     from tutelage.stages.fit import Fit
@@ -280,7 +280,7 @@ def test_full_tells_the_spec_by_what_differs_and_the_content(store, capsys):
     assert settings({"kind": "gone.away.Stage", "name": "x", "a": 1, "b": {"ref": "y"}}) == {"a": 1}
 
     put(store, "sft", {"policy": MODEL}, record=rec["sft"])
-    out = say(capsys, "lineage", "sft", "--full")[1]
+    out = say(capsys, "lineage", "sft")[1]
     for line in ("steps = 7", "optimizer.betas = [0.8, 0.9]", "content policy hash-of-sft-policy", f"key {key_of('sft')}"):
         assert line in [each.strip() for each in out.splitlines()]
     assert "code abc1234 on here" in out
@@ -291,7 +291,7 @@ def test_what_is_gone_or_damaged_is_named_and_the_rest_is_shown(store, capsys, t
     small(store)
     (store.folder(key_of("sft")) / "artifact.json").unlink()
     (store.folder(key_of("tasks")) / "artifact.json").write_text('{"name": "tasks", "inputs": 7}')
-    code, out, err = say(capsys, "lineage", "mopd")
+    code, out, err = say(capsys, "lineage", "mopd", "--short")
     assert (code, err) == (0, "")
     assert f"sft {key_of('sft')} is not in the store: what it was made from is not known" in out
     assert f"tasks {key_of('tasks')} is damaged" in out
@@ -315,7 +315,7 @@ def test_a_thousand_stages_in_a_row(store, capsys):
     for n in range(1000):
         put(store, f"s{n}.", {"policy": MODEL}, before)
         before = {"model": (f"s{n}.", "policy")}
-    code, out, _ = say(capsys, "lineage", "s999.")
+    code, out, _ = say(capsys, "lineage", "s999.", "--short")
     assert code == 0
     assert sum("GFLOP, 2.0 s" in line for line in out.splitlines() if "in all" not in line) == 1000
     assert "1,000 stages" in out

@@ -28,7 +28,7 @@ To = Annotated[
     ),
 ]
 Picture = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Draw it: .svg, .png, .pdf or .html.")]
-Full = Annotated[bool, typer.Option("--full", help="Every stage's spec, content hashes, code and host too.")]
+Short = Annotated[bool, typer.Option("--short", help="Only the tree, without specs, content hashes, code and tokens.")]
 
 
 def lineage(
@@ -37,7 +37,7 @@ def lineage(
     ],
     to: To = None,
     out: Picture = None,
-    full: Full = False,
+    short: Short = False,
     store: Where = STORE,
     as_json: AsJson = False,
 ) -> None:
@@ -49,9 +49,9 @@ def lineage(
     """
     from tutelage.ancestry import Ancestry, gather
 
-    if to is not None and (out or full):
+    if to is not None and (out or short):
         raise UserError(
-            f"{'--out' if out else '--full'} shows the whole ancestry and --to answers one question; give one of them"
+            f"{'--out' if out else '--short'} shows the whole ancestry and --to answers one question; give one of them"
         )
     home = open_store(store)
     key, port = find(home, artifact)
@@ -75,9 +75,9 @@ def lineage(
     say = console()
     for note in filter(None, notes):
         say.print(note, highlight=False, soft_wrap=True)
-    for tree in trees(of, port, say.width, full):
+    for tree in trees(of, port, say.width, not short):
         say.print(tree, highlight=False)
-    say.print(_sum(of, full), highlight=False, soft_wrap=True)
+    say.print(_sum(of, not short), highlight=False, soft_wrap=True)
     if port:
         say.print(f"files: {near(home.path(key, port))}", highlight=False, soft_wrap=True)
     if out:
@@ -177,7 +177,7 @@ def _labels(of: Ancestry, width: int, full: bool) -> Callable[[str, str, str], A
 
 
 def _details(meta: dict[str, Any], same: dict[str, Any]) -> Iterator[str]:
-    """What ``--full`` adds to a stage, one fact a line."""
+    """What ``--short`` leaves out, one fact a line."""
     import json
 
     from tutelage.ancestry import settings
