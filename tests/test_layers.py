@@ -16,7 +16,18 @@ from tutelage.spec import ROOMS, Spec, kinds
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "tutelage"
-HEAVY = {"numpy", "torch", "transformers", "pyarrow", "reasoning_gym", "math_verify", "matplotlib", "safetensors", "tokenizers"}
+HEAVY = {
+    "numpy",
+    "torch",
+    "transformers",
+    "peft",
+    "pyarrow",
+    "reasoning_gym",
+    "math_verify",
+    "matplotlib",
+    "safetensors",
+    "tokenizers",
+}
 
 BASE = {"types", "spec"}
 LOW = BASE | {"text", "losses", "credit", "verify", "tasks"}
@@ -25,9 +36,10 @@ MAY_IMPORT = {
     "spec": {"types"},
     "graph": BASE,
     "files": {"spec"},
+    "forms": set(),
     "locks": {"spec", "files"},
-    "index": {"spec", "files"},
-    "store": {"spec", "files", "locks", "index"},
+    "index": {"spec", "files", "forms"},
+    "store": {"spec", "files", "forms", "locks", "index"},
     "upkeep": {"spec", "files", "locks", "index", "store"},
     "context": {"spec", "graph", "store", "files"},
     "text": BASE,

@@ -25,12 +25,12 @@ def card(store: Store, meta: dict[str, Any], port: str) -> str:
     of = gather(store, meta)
     adapter = (store.root / "work" / meta["key"] / port / "adapter_config.json").exists()
     parts = [
-        *_front(of, adapter),
+        *_front(of, port, adapter),
         f"# {_plain(meta['name'])}",
         "",
         f"Port `{port}` of stage `{_plain(meta['name'])}` (`{meta['kind']}`, version {meta['version']}), made by Tutelage.",
         "",
-        *_loading(adapter),
+        *_loading(of, port, adapter),
         *_sources(of),
         *_data(of),
         *_making(of),
@@ -45,18 +45,26 @@ def card(store: Store, meta: dict[str, Any], port: str) -> str:
     return "\n".join(parts)
 
 
-def bases_of(of: Ancestry, adapter: bool) -> list[str]:
+def bases_of(of: Ancestry, port: str, adapter: bool) -> list[str]:
     """The imported folders from which the weights come, as a hub would call them; nothing where all began here.
 
     An adapter fits one model only: where that is not the import itself, it is named by its stage.
     """
+    if adapter and (key := _fits(of, port)[0]):
+        return [_imported(of.metas.get(key, {})) or of.names.get(key, key[:8])]
     line = [of.root]
     for key in line:  # grows as it goes: parents, theirs, and so on
         line += [e.key for e in of.links.get(key, ()) if e.role == "parent" and e.key not in line]
-    found = [name for key in line if (name := _imported(of.metas.get(key, {})))]
-    if adapter and line[1:] and not _imported(of.metas.get(line[1], {})):
-        return [of.names[line[1]]]
-    return found
+    return [name for key in line if (name := _imported(of.metas.get(key, {})))]
+
+
+def _fits(of: Ancestry, port: str) -> tuple[str, str]:
+    """The key and folder of the model that an adapter fits: as its type says, else what it was trained from."""
+    output = of.metas[of.root]["outputs"].get(port)
+    key, slash, folder = str(output.get("base_key", "") if isinstance(output, dict) else "").partition("/")
+    if slash:
+        return key, folder
+    return next(((e.key, _folder(e)) for e in of.links[of.root] if e.role == "parent"), ("", ""))
 
 
 def _imported(meta: dict[str, Any]) -> str:
@@ -72,22 +80,30 @@ def hub_name(folder: str) -> str:
     return cached[1].replace("--", "/", 1) if cached else Path(folder).name
 
 
-def _front(of: Ancestry, adapter: bool) -> Iterator[str]:
+def _front(of: Ancestry, port: str, adapter: bool) -> Iterator[str]:
     """YAML, of which JSON's strings and lists are a part."""
     meta = of.metas[of.root]
-    bases = bases_of(of, adapter)
+    bases = bases_of(of, port, adapter)
     body: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
     body |= {"base_model": bases if bases[1:] else bases[0]} if bases else {}
     body |= {"tags": ["tutelage", meta["kind"].rpartition(".")[2].lower(), *(["lora"] if adapter else [])]}
     yield from ("---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()), "---")
 
 
-def _loading(adapter: bool) -> Iterator[str]:
+def _loading(of: Ancestry, port: str, adapter: bool) -> Iterator[str]:
     library, cls = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     yield from ("## Load it", "", "With `FOLDER` the folder of this file:", "", "```python")
     yield from (f"from {library} import {cls}" + (", AutoTokenizer" if not adapter else ""),)
     loaded = f"model = {cls}.from_pretrained(FOLDER)"
     yield from (loaded if adapter else f"{loaded}; tokenizer = AutoTokenizer.from_pretrained(FOLDER)", "```", "")
+    if adapter:
+        key, folder = _fits(of, port)
+        content = of.metas.get(key, {}).get("content", {}).get(folder, of.gone.get(key, "not known"))
+        base = f"{_plain(of.names.get(key, key[:8]))}:{folder}"
+        yield f"It is an adapter of `{base}` (key `{key}`, content `{content}`)."
+        yield "Where that does not lie in the place that `adapter_config.json` names, give it, with `BASE` its folder:"
+        yield "`PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)`."
+        yield ""
 
 
 def _sources(of: Ancestry) -> Iterator[str]:
@@ -103,8 +119,11 @@ def _sources(of: Ancestry) -> Iterator[str]:
 
 def _content(of: Ancestry, link: Link) -> str:
     """The content hash of what an edge names."""
-    folder = link.port if link.step is None else f"{link.port}@{link.step}"
-    return of.metas.get(link.key, {}).get("content", {}).get(folder, of.gone.get(link.key, ""))
+    return of.metas.get(link.key, {}).get("content", {}).get(_folder(link), of.gone.get(link.key, ""))
+
+
+def _folder(link: Link) -> str:
+    return link.port if link.step is None else f"{link.port}@{link.step}"
 
 
 def _data(of: Ancestry) -> Iterator[str]:

@@ -33,9 +33,9 @@ class Cost:
 
     flops: float = 0.0
     tokens: dict[str, int] = field(default_factory=dict)
-    """``sampled``, ``prefilled``, ``scored`` and ``trained``."""
+    """``sampled``, ``prefilled``, ``scored``, ``trained`` and ``adapted`` (trained in an adapter)."""
 
-    PER_TOKEN = {"sampled": 2, "prefilled": 2, "scored": 2, "trained": 6}
+    PER_TOKEN = {"sampled": 2, "prefilled": 2, "scored": 2, "trained": 6, "adapted": 4}
 
     def spend(self, what: str, tokens: int, params: int) -> None:
         """Counts ``tokens`` of one kind on a model of ``params`` matmul parameters (N)."""

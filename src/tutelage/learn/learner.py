@@ -3,13 +3,14 @@
 The next-token shift happens here and nowhere else: the hidden state at position ``t - 1`` speaks of token ``t``.
 Losses return sums; they are divided by counts of the *global* batch, so micro-batches cannot change a result.
 
-Leaves out: sharding, adapters, a load-balancing loss of mixtures of experts.
+Leaves out: sharding, a load-balancing loss of mixtures of experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from tutelage.learn.batch import collate, counts, split
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.base import Loss
+from tutelage.model.adapter import Base, activate, is_adapter, load_adapter, load_weights, weights
 from tutelage.model.attention import Rows
-from tutelage.model.folder import matmul_params
+from tutelage.model.folder import load_model, matmul_params
 from tutelage.model.head import Head
 from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
@@ -100,15 +102,19 @@ class Learner:
 
     # --- forward ---
 
-    def output(self, batch: Batch, temperature: float = 1.0) -> PackedOutput:
-        """The packed forward of a batch of torch tensors."""
+    def output(self, batch: Batch, temperature: float = 1.0) -> Any:
+        """What losses read, of a batch of torch tensors: a `PackedOutput`."""
+        hidden = self.hidden(batch)
+        return PackedOutput(hidden, Head.of(self.model, self.vocab), batch.tokens[batch.index], temperature)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """The packed forward: [M, D], the last hidden states that the trained tokens are predicted from."""
         lengths = torch.bincount(batch.row)
         with self.autocast:
             out = self.model.get_decoder()(
                 input_ids=batch.tokens[None], position_ids=batch.pos[None], use_cache=False, layout=Rows(lengths)
             )
-        hidden = out.last_hidden_state[0].index_select(0, batch.index - 1)
-        return PackedOutput(hidden, Head.of(self.model, self.vocab), batch.tokens[batch.index], temperature)
+        return out.last_hidden_state[0].index_select(0, batch.index - 1)
 
     def batch(self, samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[str, Any] | None = None) -> Batch:
         """`collate`, as tensors on the model's device."""
@@ -122,9 +128,15 @@ class Learner:
     # --- learning ---
 
     def forward_backward(
-        self, samples: Sequence[Sample], loss: Loss, temperature: float = 1.0, extras: dict[str, Any] | None = None
+        self,
+        samples: Sequence[Sample],
+        loss: Loss,
+        temperature: float = 1.0,
+        extras: dict[str, Any] | None = None,
+        weight: float = 1.0,
     ) -> dict[str, float]:
-        """Adds the gradient of one global batch; returns the means of what the loss reported, and ``loss``."""
+        """Adds ``weight`` times the gradient of one global batch to what is there since the last `step`; returns the means of
+        what the loss reported, and ``loss``, without the weight."""
         total = counts(samples)
         sums: dict[str, tuple[float, float]] = {}
         extras = {"temperature": temperature, **(extras or {})}
@@ -133,7 +145,7 @@ class Learner:
             batch.counts = total
             value, metrics = loss(self.output(batch, temperature), batch)
             value = value / max(1.0, total[loss.per])
-            value.backward()
+            (weight * value).backward()
             metrics = {**metrics, "loss": (float(value.detach()), 0.0)}
             for name, (a, b) in metrics.items():
                 old = sums.get(name, (0.0, 0.0))
@@ -161,12 +173,12 @@ class Learner:
     # --- being asked ---
 
     @torch.inference_mode()
-    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
-        """`tutelage.credit.base.Scorer.score`: in the order of the samples."""
+    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden", "values"]) -> list[Signal]:
+        """`tutelage.credit.base.Scorer.score`, or what else `output` has: in the order of the samples."""
         found: dict[int, Signal] = {}
         for part in split(samples, self.micro_tokens):
             out = self.output(self.batch(part), temperature)
-            values = (out.logp if want == "logp" else out.hidden).float().cpu().numpy()
+            values = getattr(out, want).float().cpu().numpy()
             ends = np.cumsum([int(s.mask.sum()) for s in part])[:-1]
             for sample, value in zip(part, np.split(values, ends), strict=True):
                 found[id(sample)] = Signal(value, sample.trained, {"temperature": temperature, "kind": want})
@@ -175,31 +187,54 @@ class Learner:
     # --- surviving ---
 
     def state(self) -> dict[str, Any]:
-        """Everything the next update depends on."""
-        return {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        """Everything the next update depends on: what is trained, and the optimizer's memory of it."""
+        return {"model": weights(self.model), "optimizers": [o.state_dict() for o in self.optimizers]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        load_weights(self.model, state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
 
 class ModelScorer:
-    """A frozen model as a `tutelage.credit.base.Scorer`."""
+    """A frozen model as a `tutelage.credit.base.Scorer`; ``adapters`` are those of the model that take part in its scores."""
 
-    def __init__(self, name: str, model: Any, vocab: int | None = None):
-        self.name, self._learner = name, Learner(model, vocab=vocab)
+    def __init__(self, name: str, model: Any, vocab: int | None = None, adapters: Sequence[str] = ()):
+        self.name, self._learner, self._adapters = name, Learner(model, vocab=vocab), adapters
         self.head = Head.of(model, vocab)
         self.params = matmul_params(model)
         self.scored = 0
         """Tokens scored since the last reset."""
 
     def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
+        activate(self._learner.model, self._adapters)
         signals = self._learner.score(samples, temperature, want)
         self.scored += sum(len(s.tokens) for s in samples)
         for signal in signals:
             signal.provenance["model"] = self.name
         return signals
+
+
+class Scorers:
+    """Scorers by folder, one each. Adapters of one base hold it together, once, and the base too where it is asked itself:
+    a scorer switches to its own adapter before it scores."""
+
+    def __init__(self, vocab: int | None = None):
+        self._vocab = vocab
+        self._bases: dict[Path, Any] = {}
+        self.made: dict[Path, ModelScorer] = {}
+
+    def of(self, folder: Path, name: str) -> ModelScorer:
+        """The scorer of a model's folder; ``name`` is for its provenance."""
+        if folder not in self.made:
+            base = Base.of(folder).folder
+            if base not in self._bases:
+                self._bases[base] = load_model(base)
+            adapters = [f"adapter{len(self.made)}"] if is_adapter(folder) else []
+            for each in adapters:
+                load_adapter(self._bases[base], folder, each)
+            self.made[folder] = ModelScorer(name, self._bases[base], self._vocab, adapters)
+        return self.made[folder]
 
 
 def _join(name: str, a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:

@@ -1,6 +1,8 @@
 """Models as ordinary Hugging Face folders: make, load, save, count.
 
-Leaves out: adapters and sharding. Loading from a hub name is transformers' own; stages hand over local folders.
+A folder that holds an adapter is loaded onto its base (adapter.py).
+
+Leaves out: sharding. Loading from a hub name is transformers' own; stages hand over local folders.
 """
 
 from __future__ import annotations
@@ -16,11 +18,20 @@ from tutelage.spec import UserError
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any:
-    """A causal model with packed attention, in eval mode. Raises `UserError` for a folder that holds none."""
+    """A causal model with packed attention, in eval mode; of an adapter, its base with the adapter in it, all frozen.
+
+    Raises `UserError` for a folder that holds none.
+    """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from tutelage.model.adapter import FIRST, Base, is_adapter, load_adapter
+
+    if is_adapter(folder):
+        model = load_model(Base.of(folder).folder, dtype, device)
+        load_adapter(model, folder, FIRST)
+        return model
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} is no model folder: it has no config.json")
     logging.disable_progress_bar()
@@ -94,8 +105,10 @@ def make_model(config: dict[str, Any], seed: int) -> Any:
 
 
 def matmul_params(model: Any) -> int:
-    """N of the FLOP counts: weights that take part in matmuls, with the output head, without the embedding look-up."""
+    """N of the FLOP counts: weights that take part in matmuls, with the output head, without the embedding look-up
+    and without adapters."""
     head = model.get_output_embeddings()
-    modules = (m for m in model.modules() if not isinstance(m, torch.nn.Embedding) and m is not head)
+    named = ((n, m) for n, m in model.named_modules() if not isinstance(m, torch.nn.Embedding) and m is not head)
+    modules = [m for n, m in named if "lora_" not in n]
     body = sum(p.numel() for m in modules for p in m.parameters(recurse=False) if p.ndim >= 2)
     return body + head.weight.numel()

@@ -66,6 +66,8 @@ def need_folder(folder: Path) -> None:
         raise UserError(f"{folder} does not exist; give a folder saved by transformers with its tokenizer")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file; give the folder that holds config.json, weights and tokenizer")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise UserError(f"{folder} is a PEFT adapter, not a whole model; merge it into its base with peft and give that folder")
     if not any(folder.iterdir()):
         raise UserError(f"{folder} is empty; give a folder saved by transformers with its tokenizer")
 

@@ -16,14 +16,16 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from tutelage.envs.base import Env
-from tutelage.graph import At, DataType, Kind, Stage, Type
+from tutelage.graph import At, DataType, Kind, ModelType, Stage, Type, key
 from tutelage.learn.optim import AdamW, Muon, Schedule
 from tutelage.losses.base import Loss
 from tutelage.losses.nll import NLL
+from tutelage.model.lora import Adapter
 from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec, SpecError, UserError
 from tutelage.stages.evaluate import need_domain, need_model
 from tutelage.text.template import Chat, Document, Template
+from tutelage.types import Sample
 
 TOKENS_GUESS = 40
 """Tokens of an average row, for estimates."""
@@ -55,6 +57,8 @@ class Fit(Stage):
     template: Template = Chat()
     """`Chat` trains the replies of ``prompt``/``completion`` rows, `Document` the whole ``text``."""
     loss: Loss = NLL()
+    adapter: Adapter | None = None
+    """What is trained in place of all weights."""
     optimizer: AdamW | Muon = AdamW()
     schedule: Schedule = Schedule()
     clip: float = Field(1.0, ge=0)
@@ -72,11 +76,7 @@ class Fit(Stage):
     micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
-        model, data = need_model(types, self.model), types(self.data)
-        need = ("text",) if isinstance(self.template, Document) else ("prompt", "completion")
-        if not isinstance(data, DataType) or not set(need) <= set(data.columns):
-            has = ", ".join(getattr(data, "columns", ())) or "no columns"
-            raise SpecError(f"data needs columns {', '.join(need)}; {self.data.of.name}.{self.data.port} has {has}")
+        model, data = need_model(types, self.model), need_examples(types, self.data, self.template)
         if self.select:
             for domain in getattr(types(self.select.tasks), "domains", ("",)):
                 need_domain(types, self.select.tasks, domain)
@@ -88,15 +88,64 @@ class Fit(Stage):
             types(at)
         from dataclasses import replace
 
-        return {"policy": replace(model, checkpoints=self.checkpoints)}
+        trained = trained_type(model, self.model, self.adapter, self.optimizer)
+        return {"policy": replace(trained, checkpoints=self.checkpoints)}
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         if self.budget:
             return sum(at.of.estimate(types) for at in self.budget)
-        return 6.0 * need_model(types, self.model).params * self.steps * self.rows * TOKENS_GUESS
+        each = 4.0 if self.adapter else 6.0
+        return each * need_model(types, self.model).params * self.steps * self.rows * TOKENS_GUESS
 
     def run(self, ctx: Any) -> None:
         _Fitting(self, ctx).run()
+
+
+def trained_type(model: ModelType, at: At, adapter: Adapter | None, optimizer: AdamW | Muon) -> ModelType:
+    """What training makes of the model of an edge. Raises `SpecError` where model, adapter and optimizer do not fit."""
+    name = f"{at.of.name}.{at.port}"
+    if model.adapter and not (adapter and adapter.over):
+        raise SpecError(
+            f"model {name} is an adapter; set adapter to Continue (trains it further) or Stack (a new one over it), or take "
+            "the model of a Merge stage (whole weights)"
+        )
+    if not adapter:
+        return model
+    if adapter.over and not model.adapter:
+        raise SpecError(f"adapter is {type(adapter).__name__}, but model {name} is whole weights; set adapter to LoRA")
+    if isinstance(optimizer, Muon):
+        raise SpecError("optimizer is Muon, which is for whole weight matrices; set optimizer to AdamW to train an adapter")
+    if model.adapter:
+        return model
+    from dataclasses import replace
+
+    base = f"{key(at.of)}/{at.port}" + ("" if at.step is None else f"@{at.step}")
+    return replace(model, adapter=True, base_key=base)
+
+
+def need_examples(types: Callable[[At], Type], at: At, template: Template) -> DataType:
+    """The type of a dataset that a template can make examples of. Raises `SpecError` naming the columns it lacks."""
+    data = types(at)
+    need = ("text",) if isinstance(template, Document) else ("prompt", "completion")
+    if not isinstance(data, DataType) or not set(need) <= set(data.columns):
+        has = ", ".join(getattr(data, "columns", ())) or "no columns"
+        raise SpecError(f"data needs columns {', '.join(need)}; {at.of.name}.{at.port} has {has}")
+    return data
+
+
+def examples(ctx: Any, at: At, template: Template, tokenizer: Any) -> list[Sample]:
+    """The rows of a dataset as samples to train on. Raises `UserError` where there are none."""
+    from tutelage.text.rows import read_rows
+
+    made = []
+    for row in read_rows(ctx.input(at)):
+        if isinstance(template, Document):
+            made.append(template.document(tokenizer, row["text"]))
+        else:
+            made.append(template.example(tokenizer, row["prompt"], row["completion"]))
+    if not made:
+        raise UserError(f"{at.of.name}.{at.port} is empty; a model cannot be trained on it")
+    return made
 
 
 def need_series(checkpoints: tuple[int, ...], steps: int, ends_early: bool = False) -> None:
@@ -116,15 +165,13 @@ class _Fitting:
     def __init__(self, stage: Fit, ctx: Any):
         from tutelage.learn.learner import Learner
         from tutelage.rollout.policy import Policy
-        from tutelage.text.rows import read_rows, read_tasks
+        from tutelage.text.rows import read_tasks
 
         self.stage, self.ctx = stage, ctx
-        self.policy = Policy(ctx.input(stage.model), slots=256)
+        self.policy = Policy(ctx.input(stage.model), slots=256, adapter=stage.adapter, seed=stage.seed)
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
-        self.samples = [self._encode(row) for row in read_rows(ctx.input(stage.data))]
-        if not self.samples:
-            raise UserError(f"{stage.data.of.name}.{stage.data.port} is empty; a model cannot be trained on it")
+        self.samples = examples(ctx, stage.data, stage.template, self.policy.tokenizer)
         self.allowed = sum(ctx.input_meta(at)["cost"]["flops"] for at in stage.budget) if stage.budget else float("inf")
         self.best: dict[str, Any] = {"score": -1.0, "step": 0}
         if stage.select:
@@ -133,14 +180,10 @@ class _Fitting:
                 found.setdefault(task.domain, []).append(task)
             self.dev = {d: t[: stage.select.limit] for d, t in sorted(found.items())}
 
-    def _encode(self, row: dict[str, Any]) -> Any:
-        template, tokenizer = self.stage.template, self.policy.tokenizer
-        if isinstance(template, Document):
-            return template.document(tokenizer, row["text"])
-        return template.example(tokenizer, row["prompt"], row["completion"])
-
     def run(self) -> None:
         import torch
+
+        from tutelage.model.adapter import load_weights
 
         stage, ctx = self.stage, self.ctx
         step, folder = ctx.resume()
@@ -154,14 +197,14 @@ class _Fitting:
             self._step(step)
             step += 1
             if step in stage.checkpoints:
-                self._write(ctx.output("policy", step))
+                self.policy.save(ctx.output("policy", step))
             if stage.select and step % stage.select.every == 0:
                 self._trial(step)
             ctx.boundary(step, self._save)
         if stage.select:
-            self.policy.model.load_state_dict(self.best["weights"])
+            load_weights(self.policy.model, self.best["weights"])
         ctx.facts.update(steps=step, budget=self.allowed if stage.budget else None)
-        self._write(ctx.output("policy"))
+        self.policy.save(ctx.output("policy"))
 
     def _step(self, step: int) -> None:
         stage, ctx = self.stage, self.ctx
@@ -169,7 +212,7 @@ class _Fitting:
         metrics = self.learner.forward_backward(rows, stage.loss)
         metrics |= self.learner.step(stage.schedule.factor(step, stage.steps))
         tokens = sum(len(r.tokens) for r in rows)
-        ctx.cost.spend("trained", tokens, self.policy.params)
+        self.policy.charge_training(ctx.cost, tokens)
         ctx.log(step + 1, **metrics)
         total = stage.steps
         if stage.budget:
@@ -182,6 +225,8 @@ class _Fitting:
 
     def _trial(self, step: int) -> None:
         """Measures the development tasks; keeps the weights when they are the best so far."""
+        from tutelage.model.adapter import weights
+
         select, ctx = self.stage.select, self.ctx
         assert select
         driver = self.policy.driver(select.template, select.env, select.sampling)
@@ -195,8 +240,8 @@ class _Fitting:
         ctx.facts["development_tokens"] = ctx.facts.get("development_tokens", 0) + sum(trial.values())
         ctx.log(step, dev=score, **{f"dev/{d}": m for d, m in means.items()})
         if score > self.best["score"]:
-            weights = {k: v.clone() for k, v in self.policy.model.state_dict().items()}
-            self.best = {"score": score, "step": step, "weights": weights}
+            best = {k: v.clone() for k, v in weights(self.policy.model).items()}
+            self.best = {"score": score, "step": step, "weights": best}
             ctx.facts["selected"] = {"step": step, "dev": score}
 
     def _save(self, folder: Path) -> None:
@@ -204,18 +249,17 @@ class _Fitting:
 
         torch.save({"learner": self.learner.state(), "best": self.best}, folder / "state.pt")
 
-    def _write(self, folder: Path) -> None:
-        from tutelage.model.folder import save_model
-
-        save_model(self.policy.model, self.policy.tokenizer, folder)
-
 
 def batch_order(n: int, size: int, step: int, seed: int) -> list[int]:
     """Indices of the batch at ``step``: each epoch is its own permutation, and batches run on across epochs."""
+    return run_order(n, step * size, size, seed)
+
+
+def run_order(n: int, at: int, size: int, seed: int) -> list[int]:
+    """The ``size`` indices from place ``at`` on of the endless shuffled order that `batch_order` cuts into batches."""
     import numpy as np
 
     picked: list[int] = []
-    at = step * size
     while len(picked) < size:
         epoch, offset = divmod(at, n)
         order = np.random.default_rng([seed, epoch]).permutation(n)
