@@ -25,7 +25,8 @@ def fill(store: Store, key: str, **more: Any) -> None:
     port = store.work(key) / "policy"
     port.mkdir()
     (port / "model.json").write_text("1" * 100)
-    meta = {"name": f"n-{key}", "kind": "toy.Count", "version": 2, "seed": 3, "inputs": [{"key": "a"}, {"key": "a"}]}
+    ins = [{"path": path, "key": "a", "port": "data", "name": "data"} for path in ("source", "start")]
+    meta = {"name": f"n-{key}", "kind": "toy.Count", "version": 2, "seed": 3, "inputs": ins}
     meta |= {"outputs": {"policy": {"kind": "model", "n": 7}}, "finished": 5.0, "seconds": 2.0, "estimate": 30.0, "threads": 4}
     store.publish(key, {**meta, "cost": {"flops": 40.0}, **more})
 
@@ -53,7 +54,8 @@ def make(first, last):
     for n in range(first, last):
         folder = store.root / "artifacts" / f"k{n}"
         folder.mkdir()
-        (folder / "artifact.json").write_text(json.dumps({"key": f"k{n}", "name": "a", "kind": "b", "finished": n}))
+        meta = {"key": f"k{n}", "name": "a", "kind": "b", "inputs": [], "finished": n}
+        (folder / "artifact.json").write_text(json.dumps(meta))
         store.save_run(f"r-{n}", {"goals": [{"keys": {"a": f"k{n}"}}]})
 opened = []
 sys.addaudithook(lambda event, facts: event == "open" and str(facts[0]).startswith(str(store.root)) and opened.append(facts[0]))

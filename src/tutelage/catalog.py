@@ -140,6 +140,8 @@ def _from_json(path: Path, sets: Sequence[str], seeds: Sequence[int] | None) -> 
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be a recipe; a record has recipe, stages and goals") from None
     records = [body]
     if isinstance(body, dict) and "records" in body:
         records = body["records"]

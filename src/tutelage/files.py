@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tutelage.spec import UserError
+from tutelage.spec import DEEPEST, UserError, check_values
 
 
 def write_json(path: Path, body: Any) -> None:
@@ -35,11 +35,22 @@ def write_json(path: Path, body: Any) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises `UserError`."""
     try:
-        body = json.loads(path.read_text("utf-8"))
+        body = parse(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(body, dict):
         raise UserError(f"{path} holds no JSON object; it is damaged or not a store's")
+    return body
+
+
+def parse(text: str) -> Any:
+    """JSON that can be walked by recursion and printed. Raises `ValueError`."""
+    try:
+        body = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if "\\ud" in text.lower() or text.count("[") + text.count("{") > DEEPEST:  # else it cannot be wrong
+        check_values(body, "it", numbers=False)
     return body
 
 
@@ -62,7 +73,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     with path.open("r", encoding="utf-8", errors="replace") as file:
         for line in file:
             with suppress(ValueError):
-                found = json.loads(line)
+                found = parse(line)
                 if line.endswith("\n") and isinstance(found, dict):
                     yield found
 

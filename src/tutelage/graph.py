@@ -15,7 +15,20 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tutelage.spec import Spec, SpecError, build, canonical, digest, dump, load, resolve_kind, suggest, unkeyed, walk
+from tutelage.spec import (
+    Spec,
+    SpecError,
+    build,
+    canonical,
+    check_values,
+    digest,
+    dump,
+    load,
+    resolve_kind,
+    suggest,
+    unkeyed,
+    walk,
+)
 
 Kind = Literal["model", "data", "scores"]
 
@@ -34,7 +47,9 @@ class ModelType:
     vocab: int
     head: Literal["causal", "score", "value"] = "causal"
     base_key: str = ""
+    """Of an adapter, its base: KEY/PORT of the stage that made it, @STEP for a checkpoint. Of an import, the folder's content."""
     adapter: bool = False
+    """Whether it is the adapter alone; ``params`` and ``vocab`` are then its base's."""
     checkpoints: tuple[int, ...] = ()
     """Steps of the stage's series that an edge may name."""
 
@@ -226,6 +241,7 @@ def all_goals(goals: Goals) -> list[At]:
 
 def from_record(rec: dict[str, Any]) -> Goals:
     """Builds the goals of a record. Raises `SpecError` for an unknown stage, field, kind or reference, or a cycle."""
+    check_values(rec)
     for part in ("recipe", "stages", "goals"):
         if part not in rec:
             raise SpecError(f"the record has no {part!r}; a recipe record holds recipe, stages and goals")

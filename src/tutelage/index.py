@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from tutelage.files import read_object
+from tutelage.forms import ARTIFACT, NAME, unfit
 from tutelage.spec import UserError
 
 FORMAT = 1
@@ -99,7 +100,7 @@ def goals_of(store: Rooted, run: str) -> Goals:
 
 def _has_keys(one: Any) -> bool:
     keys = one.get("keys") if isinstance(one, dict) else None
-    return isinstance(keys, dict) and all(isinstance(k, str) for k in keys.values())
+    return isinstance(keys, dict) and not unfit(keys, {str: NAME})
 
 
 def _saved(folder: Path) -> list[tuple[str, Mark]]:
@@ -138,7 +139,7 @@ def _read(folder: Path, made: float) -> Row:
 
 
 def _summary(meta: dict[str, Any], folder: Path) -> Summary:
-    if wrong := misfit(meta, folder.name):
+    if wrong := misfit(meta, folder.name) or unfit(meta, ARTIFACT):
         raise ValueError(wrong)
     seed = meta.get("seed")
     return Summary(

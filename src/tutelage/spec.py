@@ -17,13 +17,15 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 PACKAGE = __name__.rpartition(".")[0]
 ROOMS = ("text", "losses", "credit", "verify", "tasks", "envs", "model", "learn", "rollout", "stages")
@@ -32,7 +34,14 @@ ABSTRACT = "Base of "
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; the message names the thing and the fix. The CLI prints it and exits with 2."""
+    """A mistake in what the user gave; the message names the thing and the fix. The CLI prints it and exits with 2.
+
+    The message is made one line of fewer than 1,000 characters, whatever the user's names and values that stand in it are.
+    """
+
+    def __init__(self, says: str):
+        line = "".join(c if c.isprintable() else " " if c.isspace() else repr(c)[1:-1] for c in says)
+        super().__init__(line if len(line) < 1000 else f"{line[:600]} … {line[-300:]}")
 
 
 class SpecError(UserError, ValueError):
@@ -58,6 +67,13 @@ class Spec(BaseModel):
     library: ClassVar[str] = ""
     """A distribution that decides what the class makes (a task library's generators and scorers): its version is keyed."""
 
+    @model_validator(mode="after")
+    def _no_base(self) -> Self:
+        """An object without a ``kind`` is taken for the class of its field, which may be one that does nothing itself."""
+        if _is_base(type(self)):
+            raise ValueError(f"give it a kind{suggest('', usable(type(self).__name__))}")
+        return self
+
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 
@@ -79,6 +95,14 @@ def flags(cls: type[Spec], name: str) -> dict[str, Any]:
 
 SHOWN = 12
 """How many valid words a message lists."""
+
+
+FINDINGS = 3
+"""How many of a spec's mistakes a message names."""
+DEEPEST = 64
+"""Levels of nesting that a record may have; no recipe comes near, and everything that walks a record recurses."""
+LARGEST = 2**63
+"""Whole numbers of a record are smaller: they are sizes, counts and seeds, and become machine numbers."""
 
 
 def suggest(word: object, valid: Iterable[str]) -> str:
@@ -147,10 +171,21 @@ def usable(base: str = "") -> list[str]:
 
 
 def _is_abstract(cls: type[Spec]) -> bool:
-    """Bases of this package say so in their docstring; of the graph's classes only the table is written with a kind."""
-    if cls.__module__ == f"{PACKAGE}.graph":
-        return cls.__name__ != "Table"
+    """Of the graph's classes only the table is written with a kind."""
+    return cls.__name__ != "Table" if cls.__module__ == f"{PACKAGE}.graph" else _is_base(cls)
+
+
+def _is_base(cls: type[Spec]) -> bool:
+    """Bases of this package say so in their docstring."""
     return cls.__module__.startswith(f"{PACKAGE}.") and (cls.__dict__.get("__doc__") or "").startswith(ABSTRACT)
+
+
+@cache
+def _is_ours(module: str) -> bool:
+    """Whether the package has a module of that name; a thousand stages of a user's kind ask once."""
+    with suppress(ModuleNotFoundError, ValueError):
+        return importlib.util.find_spec(module) is not None
+    return False
 
 
 def resolve_kind(kind: str) -> type[Spec]:
@@ -163,7 +198,7 @@ def resolve_kind(kind: str) -> type[Spec]:
         module = ""
     for full in (f"{PACKAGE}.{module}", module):
         try:
-            if not module or importlib.util.find_spec(full) is None:
+            if not module or (full.startswith(f"{PACKAGE}.") and not _is_ours(full)) or importlib.util.find_spec(full) is None:
                 continue
         except (ModuleNotFoundError, ValueError):
             continue
@@ -193,6 +228,33 @@ def dump(value: Any, edge: Callable[[Spec], Any]) -> Any:
     return value
 
 
+def check_values(value: Any, what: str = "the record", numbers: bool = True) -> None:
+    """Raises `SpecError` for JSON that no spec can hold: nested too deep, texts that are no Unicode, and (where ``numbers``
+    are looked at) numbers that are too large or not finite. Iterative."""
+    spots: list[tuple[Any, str, int]] = [(value, "", 0)]
+    while spots:
+        spot, at, depth = spots.pop()
+        if wrong := _unfit(spot, depth, numbers):
+            raise SpecError(f"{at[:200] or what}: {wrong}")
+        inner = spot.items() if isinstance(spot, dict) else enumerate(spot) if isinstance(spot, (list, tuple)) else ()
+        for k, v in inner:
+            where = f"{at}.{k}" if at else str(k)
+            spots += [(k, where, depth), (v, where, depth + 1)] if isinstance(k, str) else [(v, where, depth + 1)]
+
+
+def _unfit(value: Any, depth: int, numbers: bool) -> str:
+    """Why a JSON value cannot stand in a record, if anything."""
+    if depth > DEEPEST:
+        return f"is nested deeper than {DEEPEST} levels; take levels out"
+    if numbers and isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number (got {value})"
+    if numbers and isinstance(value, int) and abs(value) >= LARGEST:
+        return "is too large a number; give one below 2^63"
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        return "holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+    return ""
+
+
 def load(value: Any, edge: Callable[[dict], Any], where: str = "") -> Any:
     """The inverse of `dump`: objects with a ``kind`` become specs, lists become tuples. Raises `SpecError`."""
     if isinstance(value, dict):
@@ -215,7 +277,7 @@ def build(cls: type[Spec], fields: dict[str, Any], where: str = "") -> Spec:
 
 
 def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> str:
-    """pydantic's findings as one line each, in this project's words."""
+    """pydantic's findings in one line, in this project's words."""
     lines = []
     for item in error.errors(include_url=False):
         path = ".".join(str(p) for p in (where, *item["loc"]) if str(p))
@@ -228,8 +290,15 @@ def explain(error: ValidationError, cls: type[BaseModel], where: str = "") -> st
             lines.append(f"{path}: {_misfit(item['input'], item.get('ctx', {}).get('class_name', ''))}")
         else:
             got = item["input"] if isinstance(item["input"], (str, int, float, bool, type(None))) else "..."
-            lines.append(f"{path or cls.__name__}: {item['msg']} (got {got!r})")
-    return "\n".join(lines)
+            lines.append(f"{path or cls.__name__}: {item['msg']} (got {shown(got)})")
+    more = f"; and {len(lines) - FINDINGS} more mistakes" if len(lines) > FINDINGS else ""
+    return "; ".join(lines[:FINDINGS]) + more
+
+
+def shown(value: object) -> str:
+    """A value as it would be written, cut."""
+    text = "a very large number" if isinstance(value, int) and abs(value) >= LARGEST else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _misfit(given: str | Spec, wanted: str) -> str:
@@ -364,7 +433,7 @@ def parse_set(expression: str) -> tuple[str, Any]:
         raise SpecError(f"--set {expression!r} is not of the form path=value, such as sft.steps=200")
     try:
         return path.strip(), json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return path.strip(), text
 
 

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.files import append_line, read_jsonl, read_object, sync, sync_folder, trouble, write_json
-from tutelage.index import goals, summaries
+from tutelage.forms import ARTIFACT, RUN, unfit
+from tutelage.index import goals, misfit, summaries
 from tutelage.locks import Holder, held, hold
 from tutelage.spec import UserError, digest, file_hashes, joint_hash, suggest
 
@@ -106,10 +107,15 @@ class Store:
         return self.folder(key) / (port if step is None else f"{port}@{step}")
 
     def meta(self, key: str) -> dict[str, Any]:
-        """The ``artifact.json`` of a published stage. Raises `UserError` where there is none."""
+        """The ``artifact.json`` of a published stage, of `forms.ARTIFACT`. Raises `UserError` where there is none, or a damaged
+        one."""
         if not self.has(key):
             raise UserError(f"no artifact {key} in {self.root}")
-        return read_object(self.folder(key) / "artifact.json")
+        file = self.folder(key) / "artifact.json"
+        found = read_object(file)
+        if wrong := misfit(found, key) or unfit(found, ARTIFACT):
+            raise UserError(f"{file} is damaged: {wrong}; `tutelage store verify --remove` takes it out")
+        return {"kind": "", "record": {}, "outputs": {}, **found}
 
     def metrics(self, key: str) -> list[dict[str, Any]]:
         """The metric lines of a stage, published or in progress."""
@@ -241,7 +247,10 @@ class Store:
             if not of_recipe:
                 raise UserError(f"unknown run {run!r} in the store {self.root}{suggest(run, names)}")
             run = of_recipe[-1]
-        body = {"run": run, **read_object(self.root / "runs" / f"{run}.json")}
+        file = self.root / "runs" / f"{run}.json"
+        body = {**read_object(file), "run": run}
+        if wrong := unfit(body, RUN):
+            raise UserError(f"{file} is not a run: {wrong}; remove the file")
         if body.get("state") == "running" and not self.alive(run):
             body["state"] = "interrupted"  # killed: it could not say so itself
         return body

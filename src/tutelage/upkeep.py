@@ -12,7 +12,6 @@ Leaves out: stores that a run is using (a run in another process would lose what
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tutelage.files import read_object
+from tutelage.files import parse, read_object
 from tutelage.index import FORMAT, goals, goals_of, misfit, size, summaries
 from tutelage.locks import Holder
 from tutelage.spec import UserError, content_hash, file_hashes, suggest
@@ -192,7 +191,7 @@ def _other_damage(store: Store, names: dict[str, str]) -> Iterator[Finding]:
 
 def _event(line: bytes) -> bool:
     try:
-        found = json.loads(line)
+        found = parse(line.decode())
     except ValueError:
         return False
     return isinstance(found, dict) and "event" in found

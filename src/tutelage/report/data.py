@@ -475,13 +475,16 @@ def series(lines: list[JSON]) -> dict[str, tuple[list[float], list[float]]]:
     found: dict[str, tuple[list[float], list[float]]] = {}
     for line in lines:
         for name, value in line.items():
-            if name in ("step", "time") or isinstance(value, bool) or not isinstance(value, (int, float)):
-                continue
-            if math.isfinite(value) and "step" in line:
+            if name not in ("step", "time") and _finite(value) and _finite(line.get("step")):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(line["step"])
                 values.append(value)
     return found
+
+
+def _finite(value: Any) -> bool:
+    """Whether it is a number, and one that sums of may be taken."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def thin(steps: np.ndarray, values: np.ndarray, bins: int = BINS) -> tuple[np.ndarray, np.ndarray]:

@@ -327,7 +327,7 @@ def _turns(where: str, name: str, value: Any, column: str) -> list[dict[str, str
         at = f"{name}[{i}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise BadRow(name, f"{where}: {at} must be an object with role and content; got {shown(message)}")
-        if message["role"] not in ROLES:
+        if not isinstance(message["role"], str) or message["role"] not in ROLES:
             raise BadRow(name, f"{where}: {at}.role must be one of {', '.join(ROLES)}; got {shown(message['role'])}")
         more = [k for k, v in message.items() if k not in ("role", "content") and v is not None]
         if more:

@@ -1,0 +1,73 @@
+"""The smallest case of every mistake that the tests beside have found."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests import toy
+from tests.fuzz.broken import DEEP
+from tutelage.catalog import choose
+from tutelage.graph import record
+from tutelage.spec import SpecError, UserError, build, parse_set
+from tutelage.text.files import BadRow, conform, shape_of
+
+# --- records -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * DEEP + "]" * DEEP, "nested too deeply"),
+        ('{"a":' * 100 + "0" + "}" * 100, "nested deeper than 64 levels"),
+        ('{"a": 1e999}', "^a: must be a finite number"),
+        ('{"a": [NaN]}', "^a.0: must be a finite number"),
+        ('{"a": %s}' % ("9" * 400), r"^a: is too large a number; give one below 2\^63"),
+        ('{"\\ud800": 1}', "half of a surrogate pair"),
+        ('{"a": %s}' % ("9" * 5000), "is not JSON"),
+    ],
+)
+def test_a_record_that_no_spec_can_hold(tmp_path, text, says):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        choose(str(tmp_path / "r.json"))
+
+
+def test_several_mistakes_of_a_spec_are_one_line():
+    with pytest.raises(
+        SpecError, match=r"^unknown field 'a'.*; unknown field 'b'.*; unknown field 'c'.*; and 1 more mistakes$"
+    ):
+        build(toy.Rate, dict.fromkeys("abcd", 1))
+
+
+def test_a_message_is_one_short_line_whatever_stands_in_it():
+    said = str(UserError("two\nlines \x1b[31m\ud800" + "x" * 5000 + "; the fix"))
+    assert said.startswith("two lines \\x1b[31m\\ud800xxx")
+    assert said.endswith("xxx; the fix")
+    assert len(said) < 1000
+
+
+def test_an_object_without_a_kind_is_no_spec_of_an_abstract_class():
+    rec: Any = json.loads(json.dumps(record(choose("quickstart").goals[0])))
+    rec["stages"]["sft"]["loss"] = {}
+    from tutelage.graph import from_record
+
+    with pytest.raises(SpecError, match=r"sft.loss: .*give it a kind; valid: .*NLL"):
+        from_record(rec)
+
+
+def test_a_value_that_only_looks_like_json_is_text():
+    deep = "[" * DEEP
+    assert parse_set(f"a.b={deep}") == ("a.b", deep)
+    assert parse_set(f"a.b={'9' * 5000}") == ("a.b", "9" * 5000)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_role_that_is_no_text_is_a_bad_row():
+    row = {"messages": [{"role": {}, "content": "a"}]}
+    with pytest.raises(BadRow, match=r"messages\[0\].role must be one of system, user, assistant; got {}"):
+        conform("f, line 1", row, shape_of("f, line 1", row, {}), "data")
