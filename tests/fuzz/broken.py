@@ -1,6 +1,6 @@
 """What breaks things: JSON values of all kinds, edits of a document, edits of bytes, and how many examples are tried.
 
-Every test here runs a thousand examples that are the same each time, and under ``make test-long`` ten thousand that are not
+Every test runs so many examples, the same each time, as a slow machine has time for; under ``make test-long`` ten thousand that are not
 (hypothesis prints how to see a failing one again). Leaves out: what must hold then (the tests beside).
 """
 
