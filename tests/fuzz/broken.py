@@ -1,7 +1,7 @@
 """What breaks things: JSON values of all kinds, edits of a document, edits of bytes, and how many examples are tried.
 
-Every test runs so many examples, the same each time, as a slow machine has time for; under ``make test-long`` ten thousand that are not
-(hypothesis prints how to see a failing one again). Leaves out: what must hold then (the tests beside).
+Every test runs as many examples as a slow machine has time for, the same each time; under ``make test-long`` ten thousand
+that differ (hypothesis prints how to see a failing one again). Leaves out: what must hold then (the tests beside).
 """
 
 from __future__ import annotations

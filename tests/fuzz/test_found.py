@@ -11,7 +11,10 @@ from tests import toy
 from tests.fuzz.broken import DEEP
 from tutelage.catalog import choose
 from tutelage.graph import record
+from tutelage.index import summaries
+from tutelage.report.data import series
 from tutelage.spec import SpecError, UserError, build, parse_set
+from tutelage.store import Store
 from tutelage.text.files import BadRow, conform, shape_of
 
 # --- records -------------------------------------------------------------------------------------------------------------
@@ -71,3 +74,36 @@ def test_a_role_that_is_no_text_is_a_bad_row():
     row = {"messages": [{"role": {}, "content": "a"}]}
     with pytest.raises(BadRow, match=r"messages\[0\].role must be one of system, user, assistant; got {}"):
         conform("f, line 1", row, shape_of("f, line 1", row, {}), "data")
+
+
+# --- stores --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ('{"key": "k", "name": "a", "inputs": [], "cost": 7}', "cost is not an object"),
+        ('{"key": "k", "name": "a", "inputs": [], "finished": 1e300}', "finished is not a time"),
+        ('{"key": "k", "name": "a", "inputs": [{"path": "x", "key": "../..", "port": "p", "name": "b"}]}', "inputs.0.key"),
+        ('{"key": "k", "name": "\\ud800", "inputs": []}', "half of a surrogate pair"),
+        ("[" * DEEP + "]" * DEEP, "nested too deeply"),
+    ],
+)
+def test_an_artifact_of_another_form_is_damaged(tmp_path, body, says):
+    store = Store(tmp_path)
+    store.folder("k").mkdir()
+    (store.folder("k") / "artifact.json").write_text(body)
+    with pytest.raises(UserError, match=says):
+        store.meta("k")
+    assert says in summaries(store)["k"].damaged
+
+
+def test_a_run_of_another_form_is_no_run(tmp_path):
+    store = Store(tmp_path)
+    store.save_run("r-1", {"goals": [{"seed": "x", "keys": {}}]})
+    with pytest.raises(UserError, match=r"r-1.json is not a run: goals.0.seed is not a whole number"):
+        store.load_run("r-1")
+
+
+def test_metrics_that_are_no_numbers_are_no_curve():
+    assert series([{"step": "x", "a": 1}, {"step": 1, "a": 10**400}, {"step": 2, "a": 3.0}]) == {"a": ([2], [3.0])}
