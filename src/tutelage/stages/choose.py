@@ -99,7 +99,7 @@ class Choose(Stage):
             if not of[REASONS[0]]:
                 rest = ", ".join(f"{of[reason]} {reason}" for reason in REASONS[1:] if of[reason])
                 raise UserError(
-                    f"no task of domain {domain!r} has a pass rate in [{low}, {high}] ({rest}); widen {self.name}.bands, or "
+                    f"no task of domain {domain!r} has a pass rate in [{low}, {high}] ({rest}); widen the band, or "
                     f"measure with another policy"
                 )
             found[domain] = {"band": [low, high], "pool": of.total(), **{reason: of[reason] for reason in REASONS}}
