@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -258,3 +259,22 @@ def test_words_that_are_no_target_are_refused():
         from_record(rec)
     assert "o_proj" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_how_to_plans(tmp_path):
+    from tests import tiny
+    from tutelage.graph import plan
+    from tutelage.model.folder import save_model
+
+    save_model(tiny.model(), tiny.tokenizer(), tmp_path / "base")
+    rows = [{"prompt": f"{d} {i}?", "completion": "7", "gold": "7", "domain": d} for d in ("pears", "plums") for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "lora.md").read_text("utf-8")
+    names = {"__name__": "my_lora"}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    made = plan([names["my_lora"](str(tmp_path / "base"), str(tmp_path / "rows.jsonl"))], lambda key: False)
+    types = {n.label: n.types["policy"] for n in made.nodes.values() if "policy" in n.types}
+    assert {name for name, t in types.items() if t.adapter} == {"sft", "rl-pears", "rl-plums", "mopd"}
+    assert {t.base_key for t in types.values() if t.adapter} == {
+        next(k for k, n in made.nodes.items() if n.label == "base") + "/policy"
+    }
