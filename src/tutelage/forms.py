@@ -7,112 +7,150 @@ they say is true (upkeep.py).
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from functools import cache
+from typing import Annotated, Any
 
-Fits = Callable[[Any], bool]
-Form = tuple[Fits, str] | list[Any] | dict[Any, Any]
-"""(test, what is needed) | [form of each item] | {str: form of each value} | {field: form}, where ``field?`` may be absent and
-``field??`` null too"""
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
-MOST = 1e30
-"""Numbers are smaller, so that sums and ratios of them stay finite."""
-LAST = 1e11
-"""Unix times are smaller (s); calendars end soon after."""
-
-
-def _number(most: float) -> Fits:
-    return lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and -most < v < most
+STRICT = ConfigDict(strict=True)
+Name = Annotated[str, Field(pattern=r"^[^./\x00][^/\x00]{0,199}$")]
+Number = Annotated[int | float, Field(gt=-1e30, lt=1e30)]
+"""Small enough that sums and ratios stay finite."""
+Time = Annotated[int | float, Field(ge=0, lt=1e11)]
+"""Unix time or seconds; calendars end soon after."""
+Whole = Annotated[int, Field(gt=-(2**63), lt=2**63)]
+Objects = dict[str, Any]
 
 
-TEXT: Form = (lambda v: isinstance(v, str), "a text")
-NAME: Form = (lambda v: isinstance(v, str) and bool(re.fullmatch(r"(?!\.)[^/\0]{1,200}", v)), "a name")
-NUMBER: Form = (_number(MOST), "a number")
-TIME: Form = (lambda v: _number(LAST)(v) and v >= 0, "a time")
-WHOLE: Form = (lambda v: isinstance(v, int) and _number(2**63)(v), "a whole number")
-OBJECT: Form = {str: (lambda v: True, "")}
-
-EDGE: Form = {"ref": TEXT, "port??": NAME, "step??": WHOLE}
+class _Ref(TypedDict):
+    ref: str
 
 
-def _stage(value: Any) -> bool:
-    """Whether it is a stage of a record: an object whose edges, however deep, are edges."""
-    spots = [value]
+@with_config(STRICT)
+class Edge(_Ref, total=False):
+    port: Name | None
+    step: Whole | None
+
+
+def _edges_are_edges(stage: Objects) -> Objects:
+    """Whatever of a stage's record has a ``ref``, however deep, is an edge."""
+    spots: list[Any] = [stage]
     while spots:
         spot = spots.pop()
         if isinstance(spot, dict):
-            if isinstance(spot.get("ref"), str) and unfit(spot, EDGE):
-                return False
+            if isinstance(spot.get("ref"), str):
+                _adapter(Edge).validate_python(spot)
             spots.extend(spot.values())
         elif isinstance(spot, list):
             spots.extend(spot)
-    return isinstance(value, dict)
+    return stage
 
 
-TABLE: Form = {
-    "rows??": {str: {str: EDGE}},
-    "before??": TEXT,
-    "after??": TEXT,
-    "teachers??": {str: TEXT},
-    "controls??": [TEXT],
-    "sources??": {str: EDGE},
-}
-RECORD: Form = {"stages?": {str: (_stage, "a stage's record")}, "table??": TABLE}
-RUN: Form = {
-    "recipe??": TEXT,
-    "state??": TEXT,
-    "arguments??": OBJECT,
-    "argv??": [TEXT],
-    "started??": TIME,
-    "finished??": TIME,
-    "seconds??": TIME,
-    "failed??": {str: TEXT},
-    "goals??": [{"seed?": WHOLE, "record??": RECORD, "keys??": {str: NAME}}],
-}
-ARTIFACT: Form = {
-    "key": NAME,
-    "name": TEXT,
-    "kind?": TEXT,
-    "version?": WHOLE,
-    "seed??": WHOLE,
-    "record?": OBJECT,
-    "inputs": [{"path": TEXT, "key": NAME, "port": NAME, "name": TEXT, "step??": WHOLE}],
-    "outputs?": {str: {"kind?": TEXT}},
-    "facts?": OBJECT,
-    "cost?": {"flops?": NUMBER, "tokens?": {str: NUMBER}},
-    "estimate?": NUMBER,
-    "seconds?": TIME,
-    "started?": TIME,
-    "finished?": TIME,
-    "host?": TEXT,
-    "versions?": OBJECT,
-    "marks?": {str: OBJECT},
-    "code?": TEXT,
-    "threads?": WHOLE,
-    "content?": {str: TEXT},
-}
+@with_config(STRICT)
+class Table(TypedDict, total=False):
+    rows: dict[str, dict[str, Edge]] | None
+    before: str | None
+    after: str | None
+    teachers: dict[str, str] | None
+    controls: list[str] | None
+    sources: dict[str, Edge] | None
 
 
-def unfit(value: Any, form: Form, at: str = "") -> str:
+@with_config(STRICT)
+class Record(TypedDict, total=False):
+    stages: dict[str, Annotated[Objects, AfterValidator(_edges_are_edges)]]
+    table: Table | None
+
+
+@with_config(STRICT)
+class Goal(TypedDict, total=False):
+    seed: Whole
+    record: Record | None
+    keys: dict[str, Name] | None
+
+
+@with_config(STRICT)
+class Run(TypedDict, total=False):
+    """A file of ``runs``."""
+
+    recipe: str | None
+    state: str | None
+    arguments: Objects | None
+    argv: list[str] | None
+    started: Time | None
+    finished: Time | None
+    seconds: Time | None
+    failed: dict[str, str] | None
+    goals: list[Goal] | None
+
+
+class _Source(TypedDict):
+    path: str
+    key: Name
+    port: Name
+    name: str
+
+
+@with_config(STRICT)
+class Input(_Source, total=False):
+    step: Whole | None
+
+
+@with_config(STRICT)
+class Output(TypedDict, total=False):
+    kind: str
+
+
+@with_config(STRICT)
+class Cost(TypedDict, total=False):
+    flops: Number
+    tokens: dict[str, Number]
+
+
+class _Made(TypedDict):
+    key: Name
+    name: str
+    inputs: list[Input]
+
+
+@with_config(STRICT)
+class Artifact(_Made, total=False):
+    """An ``artifact.json``."""
+
+    kind: str
+    version: Whole
+    seed: Whole | None
+    record: Objects
+    outputs: dict[str, Output]
+    facts: Objects
+    cost: Cost
+    estimate: Number
+    seconds: Time
+    started: Time
+    finished: Time
+    host: str
+    versions: Objects
+    marks: dict[str, Objects]
+    code: str
+    threads: Whole
+    content: dict[str, str]
+
+
+Keys = dict[str, Name]
+"""stage -> key"""
+
+
+@cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(form)
+
+
+def unfit(value: Any, form: Any) -> str:
     """Where a value is not of a form, and what is needed there; nothing where it is."""
-    if isinstance(form, tuple):
-        return "" if form[0](value) else f"{at} is not {form[1]}"
-    if isinstance(form, list):
-        if not isinstance(value, list):
-            return f"{at} is not a list"
-        return next(filter(None, (unfit(v, form[0], f"{at}.{i}") for i, v in enumerate(value))), "")
-    if not isinstance(value, Mapping):
-        return f"{at or 'it'} is not an object"
-    if str in form:
-        return next(filter(None, (unfit(v, form[str], f"{at}.{k}") for k, v in value.items())), "")
-    for field, inner in form.items():
-        name = field.rstrip("?")
-        if (field.endswith("?") and name not in value) or (field.endswith("??") and value[name] is None):
-            continue
-        where = f"{at}.{name}" if at else name
-        if name not in value:
-            return f"{where} is missing"
-        if wrong := unfit(value[name], inner, where):
-            return wrong
+    try:
+        _adapter(form).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
     return ""

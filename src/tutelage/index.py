@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from tutelage.files import read_object
-from tutelage.forms import ARTIFACT, NAME, unfit
+from tutelage.forms import Artifact, Keys, unfit
 from tutelage.spec import UserError
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def goals_of(store: Rooted, run: str) -> Goals:
 
 def _has_keys(one: Any) -> bool:
     keys = one.get("keys") if isinstance(one, dict) else None
-    return isinstance(keys, dict) and not unfit(keys, {str: NAME})
+    return isinstance(keys, dict) and not unfit(keys, Keys)
 
 
 def _saved(folder: Path) -> list[tuple[str, Mark]]:
@@ -139,7 +139,7 @@ def _read(folder: Path, made: float) -> Row:
 
 
 def _summary(meta: dict[str, Any], folder: Path) -> Summary:
-    if wrong := misfit(meta, folder.name) or unfit(meta, ARTIFACT):
+    if wrong := misfit(meta, folder.name) or unfit(meta, Artifact):
         raise ValueError(wrong)
     seed = meta.get("seed")
     return Summary(

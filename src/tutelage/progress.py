@@ -120,7 +120,8 @@ class Progress:
         if what == "waiting":
             self.say(f"{node.label}: waits for {event['holder']}, which is making it")
             if event["still"]:
-                self.say(f"  it has shown no sign of life for {human_time(event['still'])}; is it stopped? continue it or kill it")
+                still = human_time(event["still"])
+                self.say(f"  it has shown no sign of life for {still}; is it stopped? continue it or kill it")
         elif what in ("started", "resumed"):
             self.lanes[node.key] = Lane(node)
             self.started(node, f"goes on from step {event['step']}" if what == "resumed" else "starts")

@@ -370,7 +370,7 @@ def _same(a: Any, b: Any) -> bool:
 def digest(form: Any) -> str:
     """Hex digest of a JSON form."""
     text = json.dumps(form, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()  # damaged files are hashed too
 
 
 @cache

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.files import append_line, read_jsonl, read_object, sync, sync_folder, trouble, write_json
-from tutelage.forms import ARTIFACT, RUN, unfit
+from tutelage.forms import Artifact, Run, unfit
 from tutelage.index import goals, misfit, summaries
 from tutelage.locks import Holder, held, hold
 from tutelage.spec import UserError, digest, file_hashes, joint_hash, suggest
@@ -113,7 +113,7 @@ class Store:
             raise UserError(f"no artifact {key} in {self.root}")
         file = self.folder(key) / "artifact.json"
         found = read_object(file)
-        if wrong := misfit(found, key) or unfit(found, ARTIFACT):
+        if wrong := misfit(found, key) or unfit(found, Artifact):
             raise UserError(f"{file} is damaged: {wrong}; `tutelage store verify --remove` takes it out")
         return {"kind": "", "record": {}, "outputs": {}, **found}
 
@@ -249,7 +249,7 @@ class Store:
             run = of_recipe[-1]
         file = self.root / "runs" / f"{run}.json"
         body = {**read_object(file), "run": run}
-        if wrong := unfit(body, RUN):
+        if wrong := unfit(body, Run):
             raise UserError(f"{file} is not a run: {wrong}; remove the file")
         if body.get("state") == "running" and not self.alive(run):
             body["state"] = "interrupted"  # killed: it could not say so itself

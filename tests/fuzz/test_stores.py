@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +22,14 @@ from tests import toy
 from tests.fuzz.broken import as_text, broken, byte_edits, edited, edits, examples, texts, tried
 from tests.report import synthetic
 from tests.test_upkeep import make
-from tutelage import cli
+from tutelage import cli, upkeep
+from tutelage.ancestry import gather
+from tutelage.estimate import Estimator
+from tutelage.files import read_jsonl
 from tutelage.graph import record
+from tutelage.index import summaries
+from tutelage.report import data
+from tutelage.spec import UserError, file_hashes, joint_hash
 from tutelage.store import Store, seal
 
 WORDS = [
@@ -106,7 +113,7 @@ def judged(root: Path, words: list[str]) -> None:
 
 COMMANDS = {
     "small": [
-        ["lineage", "score-left"], ["lineage", "score-left", "--full"], ["lineage", "left", "--to", "right"],
+        ["lineage", "score-left"], ["lineage", "score-left", "--short"], ["lineage", "left", "--to", "right"],
         ["lineage", "left@0", "--to", "data", "--json"], ["plan", "../small.json"], ["plan", "../small.json", "--json"],
         ["store", "list"], ["store", "list", "--json"], ["store", "verify"], ["store", "verify", "base", "--json"],
         ["compare", "left", "right", "--json"], ["compare", "small-1", "small-2", "--json"], ["report", "--json"],
@@ -119,6 +126,19 @@ COMMANDS = {
 """Pages take half a second each, so that there are few of them here."""
 
 
+def change(file: Path, how: Any, sealed: bool) -> None:
+    raw = file.read_bytes() if file.exists() else b"{}"
+    if isinstance(how, bytes):
+        file.write_bytes(how)
+    elif isinstance(how[0][0], int) or file.suffix == ".jsonl" or file.name in ("order", "index.json", "index.runs.json"):
+        file.write_bytes(broken(raw, how) if isinstance(how[0][0], int) else as_text(edited(_lines(raw), how)).encode())
+    else:
+        made = edited(json.loads(raw), how)
+        if sealed and isinstance(made, dict) and "seal" in made:
+            made["seal"] = seal(made)
+        file.write_text(as_text(made), "utf-8", "surrogatepass")
+
+
 @examples(120)
 def test_a_store_with_other_bytes_is_read_or_refused_and_never_changed(stores, tmp_path, monkeypatch, count):
     homes = {name: tmp_path / name for name in stores}
@@ -128,18 +148,6 @@ def test_a_store_with_other_bytes_is_read_or_refused_and_never_changed(stores, t
     monkeypatch.chdir(homes["small"])
     monkeypatch.setenv("COLUMNS", "120")
     spots = {name: breakable(root) for name, root in homes.items()}
-
-    def change(file: Path, how: Any, sealed: bool) -> None:
-        raw = file.read_bytes() if file.exists() else b"{}"
-        if isinstance(how, bytes):
-            file.write_bytes(how)
-        elif isinstance(how[0][0], int) or file.suffix == ".jsonl" or file.name in ("order", "index.json", "index.runs.json"):
-            file.write_bytes(broken(raw, how) if isinstance(how[0][0], int) else as_text(edited(_lines(raw), how)).encode())
-        else:
-            made = edited(json.loads(raw), how)
-            if sealed and isinstance(made, dict) and "seal" in made:
-                made["seal"] = seal(made)
-            file.write_text(as_text(made), "utf-8", "surrogatepass")
 
     @tried(count)
     @given(
@@ -167,6 +175,53 @@ def test_a_store_with_other_bytes_is_read_or_refused_and_never_changed(stores, t
 
 def _lines(raw: bytes) -> list[Any]:
     return [json.loads(line) for line in raw.decode().splitlines() if line.startswith("{")][:5]
+
+
+def bytes_of(root: Path) -> str:
+    """A digest of what must not change."""
+    return joint_hash(
+        {f"{part}/{k}": v for part in ("artifacts", "runs", "events") for k, v in file_hashes(root / part).items()}
+    )
+
+
+@examples(1000)
+def test_what_the_commands_stand_on_reads_or_refuses_and_changes_no_byte(stores, tmp_path, count):
+    """The same without drawing: every reader of runs, artifacts, events and metrics, for each broken file."""
+    home = tmp_path / "small"
+    shutil.copytree(stores["small"], home)
+    store, key = Store(home), summaries_of(home)["score-left"]
+    spots = breakable(home)
+    readers: list[Callable[[], Any]] = [
+        lambda: store.load_run("last"), lambda: data.collect(store, "last"), lambda: store.find("left"),
+        lambda: list(gather(store, store.meta(key))),
+        lambda: list(upkeep.verify(store, [key])), lambda: upkeep.survey(store, upkeep.kept_runs(store)),
+        lambda: [list(read_jsonl(f)) for f in (home / "events").iterdir()], lambda: store.metrics(key),
+        lambda: Estimator(Store(home, create=False)),
+    ]  # fmt: skip
+
+    @tried(count)
+    @given(st.integers(0, 999), st.binary(max_size=30) | byte_edits | edits(WORDS, 2), st.booleans())
+    def check(where, how, sealed):
+        spot = spots[where % len(spots)]
+        file = home / spot
+        try:
+            change(file, how, sealed)
+            before = bytes_of(home)
+            for read in readers:
+                with suppress(UserError):
+                    read()
+            assert bytes_of(home) == before
+        finally:
+            for cache in home.glob("index*.json"):
+                cache.unlink()
+            if (stores["small"] / spot).exists():
+                shutil.copy(stores["small"] / spot, file)
+
+    check()
+
+
+def summaries_of(root: Path) -> dict[str, str]:
+    return {s.name: k for k, s in summaries(Store(root)).items()}
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------
