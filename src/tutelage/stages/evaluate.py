@@ -28,11 +28,13 @@ def need_domain(types: Callable[[At], Type], tasks: At, domain: str) -> DataType
     return found
 
 
-def need_model(types: Callable[[At], Type], model: At) -> ModelType:
-    """The type of a model edge. Raises `SpecError`."""
+def need_model(types: Callable[[At], Type], model: At, heads: tuple[str, ...] = ("causal",)) -> ModelType:
+    """The type of a model edge. Raises `SpecError` where it is none, or one with another head."""
     found = types(model)
     if not isinstance(found, ModelType):
         raise SpecError(f"{model.of.name}.{model.port} is no model")
+    if found.head not in heads:
+        raise SpecError(f"{model.of.name}.{model.port} is a {found.head} model, which draws no tokens; give a policy")
     return found
 
 

@@ -25,6 +25,7 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec, SpecError, UserError
 from tutelage.stages.evaluate import need_domain, need_model
 from tutelage.text.template import Chat, Document, Template
+from tutelage.types import Sample
 
 TOKENS_GUESS = 40
 """Tokens of an average row, for estimates."""
@@ -75,11 +76,7 @@ class Fit(Stage):
     micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
-        model, data = need_model(types, self.model), types(self.data)
-        need = ("text",) if isinstance(self.template, Document) else ("prompt", "completion")
-        if not isinstance(data, DataType) or not set(need) <= set(data.columns):
-            has = ", ".join(getattr(data, "columns", ())) or "no columns"
-            raise SpecError(f"data needs columns {', '.join(need)}; {self.data.of.name}.{self.data.port} has {has}")
+        model, data = need_model(types, self.model), need_examples(types, self.data, self.template)
         if self.select:
             for domain in getattr(types(self.select.tasks), "domains", ("",)):
                 need_domain(types, self.select.tasks, domain)
@@ -126,6 +123,31 @@ def trained_type(model: ModelType, at: At, adapter: Adapter | None, optimizer: A
     return replace(model, adapter=True, base_key=base)
 
 
+def need_examples(types: Callable[[At], Type], at: At, template: Template) -> DataType:
+    """The type of a dataset that a template can make examples of. Raises `SpecError` naming the columns it lacks."""
+    data = types(at)
+    need = ("text",) if isinstance(template, Document) else ("prompt", "completion")
+    if not isinstance(data, DataType) or not set(need) <= set(data.columns):
+        has = ", ".join(getattr(data, "columns", ())) or "no columns"
+        raise SpecError(f"data needs columns {', '.join(need)}; {at.of.name}.{at.port} has {has}")
+    return data
+
+
+def examples(ctx: Any, at: At, template: Template, tokenizer: Any) -> list[Sample]:
+    """The rows of a dataset as samples to train on. Raises `UserError` where there are none."""
+    from tutelage.text.rows import read_rows
+
+    made = []
+    for row in read_rows(ctx.input(at)):
+        if isinstance(template, Document):
+            made.append(template.document(tokenizer, row["text"]))
+        else:
+            made.append(template.example(tokenizer, row["prompt"], row["completion"]))
+    if not made:
+        raise UserError(f"{at.of.name}.{at.port} is empty; a model cannot be trained on it")
+    return made
+
+
 def need_series(checkpoints: tuple[int, ...], steps: int, ends_early: bool = False) -> None:
     """Raises `SpecError` for a checkpoint that would never be written."""
     for step in checkpoints:
@@ -143,15 +165,13 @@ class _Fitting:
     def __init__(self, stage: Fit, ctx: Any):
         from tutelage.learn.learner import Learner
         from tutelage.rollout.policy import Policy
-        from tutelage.text.rows import read_rows, read_tasks
+        from tutelage.text.rows import read_tasks
 
         self.stage, self.ctx = stage, ctx
         self.policy = Policy(ctx.input(stage.model), slots=256, adapter=stage.adapter, seed=stage.seed)
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
-        self.samples = [self._encode(row) for row in read_rows(ctx.input(stage.data))]
-        if not self.samples:
-            raise UserError(f"{stage.data.of.name}.{stage.data.port} is empty; a model cannot be trained on it")
+        self.samples = examples(ctx, stage.data, stage.template, self.policy.tokenizer)
         self.allowed = sum(ctx.input_meta(at)["cost"]["flops"] for at in stage.budget) if stage.budget else float("inf")
         self.best: dict[str, Any] = {"score": -1.0, "step": 0}
         if stage.select:
@@ -159,12 +179,6 @@ class _Fitting:
             for task in read_tasks(ctx.input(stage.select.tasks)):
                 found.setdefault(task.domain, []).append(task)
             self.dev = {d: t[: stage.select.limit] for d, t in sorted(found.items())}
-
-    def _encode(self, row: dict[str, Any]) -> Any:
-        template, tokenizer = self.stage.template, self.policy.tokenizer
-        if isinstance(template, Document):
-            return template.document(tokenizer, row["text"])
-        return template.example(tokenizer, row["prompt"], row["completion"])
 
     def run(self) -> None:
         import torch
@@ -238,10 +252,14 @@ class _Fitting:
 
 def batch_order(n: int, size: int, step: int, seed: int) -> list[int]:
     """Indices of the batch at ``step``: each epoch is its own permutation, and batches run on across epochs."""
+    return run_order(n, step * size, size, seed)
+
+
+def run_order(n: int, at: int, size: int, seed: int) -> list[int]:
+    """The ``size`` indices from place ``at`` on of the endless shuffled order that `batch_order` cuts into batches."""
     import numpy as np
 
     picked: list[int] = []
-    at = step * size
     while len(picked) < size:
         epoch, offset = divmod(at, n)
         order = np.random.default_rng([seed, epoch]).permutation(n)

@@ -7,9 +7,10 @@ before any weight loads. ``resample`` is DAPO's dynamic sampling (arXiv 2503.144
 batch is full of groups whose rewards differ, so many times at most; what was drawn in vain is paid for and logged.
 ``curriculum`` chooses the prompts by their pass rates; ``temperature`` moves that of the sampling, and of everything that is
 compared with it. Where ``health`` stops a stage, the policy is published as it is, with the verdict in the facts: a run
-that collapsed is a result too, and what does not depend on its quality, such as a table over seeds, stays whole.
+that collapsed is a result too, and what does not depend on its quality, such as a table over seeds, stays whole. ``replay``
+and ``weights`` are mixtures (mixture.py). What `PPO` adds hangs on `Loop`'s methods (ppo.py).
 
-Leaves out: asynchronous rollouts, value models, several policies in one stage.
+Leaves out: asynchronous rollouts, several policies in one stage.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError, suggest
 from tutelage.stages.curriculum import Curriculum
 from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
-from tutelage.stages.fit import batch_order, need_series, trained_type
+from tutelage.stages.fit import need_series, run_order, trained_type
 from tutelage.stages.health import Health, Step, Verdict, repetition, watched
+from tutelage.stages.mixture import Replay, Replays, need_replays, need_weights, replay_tokens, shares
 from tutelage.stages.passrate import need_rates, rates
 from tutelage.stages.temperature import RaiseOnPlateau, TemperatureSchedule
 from tutelage.text.template import Chat, Template
@@ -50,13 +52,17 @@ class Online(Stage):
     """Trains ``model`` on its own samples of the tasks; see the module's docstring."""
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
+    brings: ClassVar[frozenset[str]] = SAMPLED
+    """Signals that are there before the credit rules."""
     verb: ClassVar[str] = "trains on its own samples"
     version: ClassVar[int] = 2
 
     model: At
     tasks: At
     domains: tuple[str, ...] = Field(min_length=1)
-    """Drawn from in equal numbers."""
+    """Drawn from in equal numbers, or by ``weights``."""
+    weights: dict[str, float] = {}
+    """domain -> its part of the prompts, in any unit; empty draws equal numbers"""
     env: Env
     teachers: dict[str, At] = {}
     """domain -> its teacher"""
@@ -64,6 +70,8 @@ class Online(Stage):
     """The policy that KL is measured to, asked by credit.kl.Reference."""
     credit: tuple[Credit, ...] = Field(min_length=1)
     loss: Loss
+    replay: tuple[Replay, ...] = ()
+    """Data that every update learns from beside the samples: SFT replay, or the pretraining loss of PPO-ptx."""
     adapter: Adapter | None = None
     """What is trained in place of all weights."""
     optimizer: AdamW | Muon = AdamW(lr=4e-4)
@@ -109,8 +117,8 @@ class Online(Stage):
         need_series(self.checkpoints, self.steps)
         if len(set(self.domains)) < len(self.domains):
             raise SpecError(f"domains names one twice: {', '.join(self.domains)}")
-        if self.prompts % len(self.domains):
-            raise SpecError(f"prompts {self.prompts} cannot be shared equally by {len(self.domains)} domains")
+        need_weights(self.weights, self.domains, self.prompts)
+        need_replays(types, self.replay)
         trained = trained_type(model, self.model, self.adapter, self.optimizer)
         return {"policy": replace(trained, checkpoints=self.checkpoints)}
 
@@ -139,8 +147,10 @@ class Online(Stage):
         for domain, at in self.teachers.items():
             self._check_ids(f"the teacher of {domain!r}", at, types, model)
 
-    def _check_ids(self, who: str, at: At, types: Callable[[At], Type], model: ModelType) -> None:
-        asked = need_model(types, at)
+    def _check_ids(
+        self, who: str, at: At, types: Callable[[At], Type], model: ModelType, heads: tuple[str, ...] = ("causal",)
+    ) -> ModelType:
+        asked = need_model(types, at, heads)
         for what, mine, other in (
             ("tokenizer", model.tokenizer_key, asked.tokenizer_key),
             ("chat template", model.template_key, asked.template_key),
@@ -150,9 +160,10 @@ class Online(Stage):
                     f"{who}, {at.of.name!r}, has another {what} ({other[:8]}) than the student "
                     f"({mine[:8]}): both must see the same ids; give both the same tokenizer and template"
                 )
+        return asked
 
     def _check_signals(self) -> None:
-        have = set(SAMPLED)
+        have = set(self.brings)
         if self.sampling.top_p < 1 or self.sampling.top_k:
             have |= {"kept_logp", "kept"}
         for rule in self.credit:
@@ -173,25 +184,27 @@ class Online(Stage):
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
-        each = 2.0 + (4.0 if self.adapter else 6.0) + (2.0 if AT_START in self.loss.needs() else 0.0)
-        own = each * need_model(types, self.model).params * tokens
+        learns = 4.0 if self.adapter else 6.0
+        each = 2.0 + learns + (2.0 if AT_START in self.loss.needs() else 0.0)
+        own = need_model(types, self.model).params * (
+            each * tokens + learns * replay_tokens(self.replay, self.steps * self.minibatches)
+        )
         teachers = [need_model(types, at).params for at in self.teachers.values()]
         asked = sum(teachers) / len(teachers) if teachers else 0.0
         asked += need_model(types, self.reference).params if self.reference else 0.0
         return own + 2.0 * tokens * asked
 
     def run(self, ctx: Any) -> None:
-        _Loop(self, ctx).run()
+        Loop(self, ctx).run()
 
 
 def _need(who: str, missing: frozenset[str] | set[str]) -> None:
     if missing:
-        raise SpecError(
-            f"{who} needs {', '.join(sorted(missing))}, which nothing before it gives; add the credit rule that does"
-        )
+        fix = "use the stage PPO, which has a value model" if "value" in missing else "add the credit rule that does"
+        raise SpecError(f"{who} needs {', '.join(sorted(missing))}, which nothing before it gives; {fix}")
 
 
-class _Loop:
+class Loop:
     """The state of one running `Online`."""
 
     def __init__(self, stage: Online, ctx: Any):
@@ -218,6 +231,9 @@ class _Loop:
         self.heat = stage.temperature.begin(stage.sampling.temperature) if stage.temperature else {}
         self.development = self._development(stage.temperature) if isinstance(stage.temperature, RaiseOnPlateau) else {}
         self.history: list[Step] = []
+        self.replays = Replays(stage.replay, ctx, self.policy.tokenizer, stage.seed)
+        self._sharing = shares([stage.weights.get(d, 1.0) for d in self.pools], stage.prompts)
+        self._shared = [[0] * len(self.pools)]  # prompts of each domain before step 0, 1, ...
 
     def _scorer(self, at: At) -> Scorer:
         return self.scorers.of(self.ctx.input(at), at.of.name)
@@ -229,22 +245,32 @@ class _Loop:
         step, folder = ctx.resume()
         if folder:
             state = torch.load(folder / "state.pt")
-            self.learner.restore(state)
-            self.heat, self.history = state.get("heat", self.heat), state.get("history", self.history)
+            self._restore(state)
         while step < stage.steps:
             verdict = self._step(step)
             step += 1
             if self._ends(step, verdict):
                 break
             if step in stage.checkpoints:
-                self.policy.save(ctx.output("policy", step))
+                self._publish(step)
             ctx.boundary(step, self._save)
-        self.policy.save(ctx.output("policy"))
+        self._publish()
 
     def _save(self, folder: Path) -> None:
         import torch
 
-        torch.save({**self.learner.state(), "heat": self.heat, "history": self.history}, folder / "state.pt")
+        torch.save(self._state(), folder / "state.pt")
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.learner.state(), "heat": self.heat, "history": self.history}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.learner.restore(state)
+        self.heat, self.history = state.get("heat", self.heat), state.get("history", self.history)
+
+    def _publish(self, step: int | None = None) -> None:
+        """Writes every port; with ``step``, a checkpoint of its series."""
+        self.policy.save(self.ctx.output("policy", step))
 
     def _step(self, step: int) -> Verdict:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
@@ -258,6 +284,7 @@ class _Loop:
         metrics.update(credited)
         if filled:
             metrics |= _describe(drawn) | filled  # of everything drawn, not of what credit saw
+        metrics |= _parts(drawn, trained, stage.domains)
         if trained:
             metrics.update(self._update(trained, step))
         tokens = sum(int(s.mask.sum()) for s in drawn)
@@ -342,39 +369,46 @@ class _Loop:
         drawn = self.driver.collect(self._prompts(step, list(self.pools)), stage.group, seed)
         if not stage.resample:
             return drawn, drawn, {}
-        share, fresh, draws = stage.prompts // len(self.pools), drawn, 1
+        share, fresh, draws = {d: n for d, (_, n) in self._shares(step).items()}, drawn, 1
         full: dict[str, list[list[Sample]]] = {d: [] for d in self.pools}
         while True:
             for group in informative_groups(fresh):
                 full[group[0].domain].append(group)
-            short = [d for d in self.pools if len(full[d]) < share]
+            short = [d for d in self.pools if len(full[d]) < share[d]]
             if not short or draws > stage.resample:
                 break
             fresh = self.driver.collect(self._prompts(step, short, draws), stage.group, request_seed(seed, "resample", draws))
             for sample in fresh:
                 sample.group += f"+{draws}"
             drawn, draws = drawn + fresh, draws + 1
-        chosen = [s for d in self.pools for group in full[d][:share] for s in group]
+        chosen = [s for d in self.pools for group in full[d][: share[d]] for s in group]
         found = sum(map(len, full.values())) / len({s.group for s in drawn})
         vain = 1 - len(chosen) / len(drawn)
         return drawn, chosen, {"draws": float(draws), "informative_groups": found, "drawn_in_vain": vain}
 
     def _prompts(self, step: int, domains: Sequence[str], draw: int = 0) -> list[Task]:
-        """Equal numbers of each domain's tasks, by the curriculum or in the domain's own shuffled order."""
+        """Each domain's share of tasks, by the curriculum or in the domain's own shuffled order."""
         stage, found = self.stage, []
-        share, series = stage.prompts // len(self.pools), 0
-        number = step
-        if draw:  # a series of its own: the first draws stay what they are without it
-            number, series = step * stage.resample + draw - 1, 1
-        for k, (domain, tasks) in enumerate(self.pools.items()):
-            if domain not in domains:
+        for k, (domain, (before, share)) in enumerate(self._shares(step).items()):
+            if domain not in domains or not share:
                 continue
+            tasks, seed = self.pools[domain], stage.seed * 1009 + k
             if stage.curriculum:
-                order = stage.curriculum.pick(self.rates[domain], share, step, stage.steps, stage.seed * 1009 + k, draw)
+                order = stage.curriculum.pick(self.rates[domain], share, step, stage.steps, seed, draw)
+            elif draw:  # a series of its own: the first draws stay what they are without it
+                at = before * stage.resample + (draw - 1) * share
+                order = run_order(len(tasks), at, share, seed + len(self.pools))
             else:
-                order = batch_order(len(tasks), share, number, stage.seed * 1009 + k + series * len(self.pools))
+                order = run_order(len(tasks), before, share, seed)
             found += [tasks[i] for i in order]
         return found
+
+    def _shares(self, step: int) -> dict[str, tuple[int, int]]:
+        """domain -> (prompts it was given before a step, prompts it is given in it)"""
+        while len(self._shared) <= step + 1:
+            self._shared.append([a + b for a, b in zip(self._shared[-1], next(self._sharing), strict=True)])
+        before, after = self._shared[step], self._shared[step + 1]
+        return {d: (a, b - a) for d, a, b in zip(self.pools, before, after, strict=True)}
 
     def _assign(self, drawn: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:
         samples, found = list(drawn), {}
@@ -396,12 +430,19 @@ class _Loop:
         if self.driver.sets:
             _widen(samples)
         first: dict[str, float] = {}
-        for part in _minibatches(samples, stage.minibatches):
-            metrics = self.learner.forward_backward(part, stage.loss, temperature, self._extras())
-            metrics |= self.learner.step(stage.schedule.factor(step, stage.steps))
-            self.policy.charge_training(self.ctx.cost, sum(len(s.tokens) for s in part))
+        for number, part in enumerate(_minibatches(samples, stage.minibatches)):
+            metrics = self._learn(part, step, step * stage.minibatches + number)
             first = first or metrics
         return first
+
+    def _learn(self, part: list[Sample], step: int, number: int) -> dict[str, float]:
+        """Update ``number`` of the stage."""
+        stage, temperature = self.stage, self.driver.sampling.scored_at
+        metrics = self.learner.forward_backward(part, stage.loss, temperature, self._extras())
+        replayed, tokens = self.replays.add(self.learner, number)
+        metrics |= replayed | self.learner.step(stage.schedule.factor(step, stage.steps))
+        self.policy.charge_training(self.ctx.cost, sum(len(s.tokens) for s in part) + tokens)
+        return metrics
 
     def _extras(self) -> dict[str, Any]:
         from tutelage.credit.teacher import distinct
@@ -448,6 +489,17 @@ def _describe(samples: Sequence[Sample]) -> dict[str, float]:
         for d in domains:
             found[f"reward/{d}"] = _mean([s.scalars["reward"] for s in scored if s.domain == d])
     return found
+
+
+def _parts(drawn: Sequence[Sample], trained: Sequence[Sample], domains: Sequence[str]) -> dict[str, float]:
+    """Where there are several domains, each one's share of the prompts drawn and of the tokens trained on."""
+    from tutelage.credit.teacher import token_share
+
+    if len(domains) == 1:
+        return {}
+    prompts = {s.group: s.domain for s in drawn}
+    found = {f"prompt_share/{d}": list(prompts.values()).count(d) / len(prompts) for d in domains}
+    return found | {name: a / b for name, (a, b) in token_share(trained, domains).items() if b}
 
 
 def _mean(values: Sequence[float]) -> float:
