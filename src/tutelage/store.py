@@ -169,7 +169,8 @@ class Store:
     def publish(self, key: str, meta: dict[str, Any]) -> None:
         """Moves finished work into the artifacts: content hashed, written through to disk, then one rename.
 
-        The content hash covers payload only: a port's model card (README.md) tells of times and hosts, and stays out.
+        The content hash covers payload only: a port's model card (README.md) tells of times and hosts, and an adapter's
+        ``adapter_config.json`` of the place of its base; they stay out (the rest of that config is in its ``base_model.json``).
         Checkpoints go last, so that a kill before the rename loses no work.
         """
         work, final = self.root / "work" / key, self.folder(key)
@@ -179,7 +180,12 @@ class Store:
         hashes = {p.name: file_hashes(p, leave_out=("README.md",)) for p in ports}
         files = {f"{port}/{name}": each for port, of in hashes.items() for name, each in of.items()}
         files |= {p.name: file_hashes(p)[""] for p in sorted(work.iterdir()) if p.is_file() and p.name != "artifact.json"}
-        meta = {**meta, "key": key, "content": {port: joint_hash(of) for port, of in hashes.items()}, "files": files}
+        meta = {
+            **meta,
+            "key": key,
+            "content": {port: joint_hash(_placeless(of)) for port, of in hashes.items()},
+            "files": files,
+        }
         write_json(work / "artifact.json", {**meta, "seal": seal(meta)})
         sync(work)
         if final.exists() and not self.has(key):  # a removal that was cut short
@@ -259,6 +265,10 @@ class Store:
         """Appends one line to this process's event file."""
         file = self.root / "events" / f"{socket.gethostname()}-{os.getpid()}.jsonl"
         append_line(file, {"time": time.time(), "event": what, **facts})
+
+
+def _placeless(hashes: dict[str, str]) -> dict[str, str]:
+    return {name: each for name, each in hashes.items() if name != "adapter_config.json"}
 
 
 def seal(meta: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from tutelage.store import Store
 from tutelage.upkeep import damage
 
 Order = dict[str, Any]
-LIBRARIES = ("torch", "transformers", "reasoning-gym", "math-verify", "tutelage")
+LIBRARIES = ("torch", "transformers", "peft", "reasoning-gym", "math-verify", "tutelage")
 """Whose versions are recorded with everything made."""
 
 

@@ -93,6 +93,7 @@ def test_a_stage_stopped_anywhere_resumes_to_the_same_bits(build, tmp_path):
     resumed = make(stage, cut)
     assert same(adapter(whole, stage), adapter(cut, stage))
     assert done.cost == resumed.cost
+    assert whole.meta(key(stage))["content"] == cut.meta(key(stage))["content"], "wherever the store lies"
 
 
 def test_an_adapter_learns_and_selection_publishes_its_best_trial(tmp_path):

@@ -26,6 +26,7 @@ from tutelage.model.headers import read_object
 from tutelage.spec import UserError
 
 CONFIG, WEIGHTS, REFERENCE = "adapter_config.json", "adapter_model.safetensors", "base_model.json"
+HASHED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules")
 FIRST, SECOND = "default", "stacked"
 """Names of adapters in a model that trains one."""
 PREFIX = "base_model.model."
@@ -207,7 +208,15 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, base: Base) -> None:
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    there = {"path": os.path.relpath(base.folder, folder), "content": base.content, "hub": base.hub, "revision": base.revision}
+    there: dict[str, Any] = {
+        "path": os.path.relpath(base.folder, folder),
+        "content": base.content,
+        "hub": base.hub,
+        "revision": base.revision,
+    }
+    there["adapter"] = {
+        name: getattr(config, name) for name in HASHED
+    }  # CONFIG holds a place, and stays out of the content hash
     (folder / REFERENCE).write_text(json.dumps(there, indent=1) + "\n", "utf-8")
 
 
