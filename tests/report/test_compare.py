@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.report import synthetic
+from tutelage.files import read_object
 from tutelage.report import compare, compare_show, stats
 from tutelage.report.compare import collect, paired, side_of_artifact, side_of_row, side_of_run
 from tutelage.spec import UserError, digest
@@ -228,6 +229,17 @@ def test_rows_of_one_run_are_paired_by_domain(two):
         assert row["difference"] == pytest.approx(means[1] - means[0], abs=1e-5)
     assert found["cost"][0]["what"] == "sft → mopd"
     assert found["curves"][0]["stage"] == "sft → mopd"
+
+
+def test_a_row_may_measure_another_stage_in_each_domain(tmp_path):
+    store = synthetic.build(tmp_path, n=30)
+    body = read_object(store.root / "runs" / "quickstart-1.json")
+    for goal in body["goals"]:
+        rows = goal["record"]["table"]["rows"]
+        rows["own"] = {d: rows[f"specialist {d}"][d] for d in ("sort", "reverse")}
+    store.save_run("quickstart-1", body)
+    found = compare.scores(store, side_of_row(store, "quickstart-1", "sft"), side_of_row(store, "quickstart-1", "own"))
+    assert [(r["domain"], [s["seed"] for s in r["seeds"]["b"]]) for r in found["rows"]] == [("reverse", [0, 1]), ("sort", [0, 1])]
 
 
 def test_artifacts_are_compared_by_the_evaluations_that_read_them(tmp_path):

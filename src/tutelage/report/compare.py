@@ -83,11 +83,13 @@ def side_of_row(store: Store, name: str, row: str) -> Side:
         raise UserError(f"run {run.name!r} has no row {row!r}{fix}")
     source = run.first.source(row)
     assert source is not None
-    line = run.first.above(source.ref)
+    # a row may measure another stage in each domain
+    measures = {d: next((p.ref for p in run.first.parents(edge.ref)), source.ref) for d, edge in rows[row].items()}
+    line = set().union(*map(run.first.above, {source.ref, *measures.values()}))
     scores: dict[Label, dict[int, Where]] = {}
     for (its, domain, _), by_seed in whole.scores.items():
         for seed, where in by_seed.items() if its == row else ():
-            measured = whole.stages[source.ref].get(seed, "")
+            measured = whole.stages[measures[domain]].get(seed, "")
             scores.setdefault(("", domain, _how(whole.metas.get(where[0]), measured)), {})[seed] = where
     keys, records = {n: whole.stages[n] for n in whole.stages if n in line}, {n: whole.records[n] for n in line}
     return _read(store, Side(f"{run.name}:{row}", "row", keys, records, scores, head=source.ref, arguments=whole.arguments))
@@ -287,7 +289,8 @@ def _by_label(side: Side, loose: bool) -> dict[Label, dict[int, Where]]:
     """``loose``: how something was evaluated does not matter, only its tasks do."""
     found: dict[Label, dict[int, Where]] = {}
     for (row, domain, how), by_seed in side.scores.items():
-        found.setdefault((row, domain, "" if loose else how), by_seed)
+        spot = found.setdefault((row, domain, "" if loose else how), {})
+        spot.update({seed: where for seed, where in by_seed.items() if seed not in spot})
     return found
 
 
