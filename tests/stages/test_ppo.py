@@ -16,9 +16,12 @@ from tutelage.credit.group import GroupRelative
 from tutelage.credit.overlong import SoftOverlong
 from tutelage.envs.single import SingleTurn
 from tutelage.graph import Goals, from_record, key, record
+from tutelage.learn.learner import Learner
 from tutelage.learn.optim import AdamW
 from tutelage.losses.nll import NLL
 from tutelage.losses.value import ClippedValue
+from tutelage.model.folder import load_model, load_tokenizer
+from tutelage.model.lora import LoRA
 from tutelage.rollout.base import Sampling
 from tutelage.stages.evaluate import Evaluate
 from tutelage.stages.mixture import Replay
@@ -26,7 +29,7 @@ from tutelage.stages.model import NewModel
 from tutelage.stages.ppo import PPO
 from tutelage.store import Store
 from tutelage.text.rows import read_rows
-from tutelage.text.template import Document
+from tutelage.text.template import Chat, Document
 
 
 def ppo(**more):
@@ -88,6 +91,15 @@ def test_both_ports_keep_their_series_and_a_later_stage_goes_on_from_the_value_m
     assert lines(store, further)[0]["value/loss"] != pytest.approx(lines(store, stage)[0]["value/loss"])
 
 
+def test_the_policy_may_be_an_adapter_beside_a_whole_value_model(tmp_path):
+    store, stage = Store(tmp_path / "s"), ppo(steps=2, group=2, adapter=LoRA(rank=2, alpha=8))
+    assert [t.adapter for t in stage.infer(Types()).values()] == [True, False]
+    make(stage, store)
+    assert (store.path(key(stage), "policy") / "adapter_model.safetensors").exists()
+    assert "score.weight" in weights(store, stage, "value")
+    refused(ppo(value=stage.out("policy")), "value ppo.policy is an adapter", "Merge")
+
+
 def test_both_models_are_paid_for(tmp_path):
     store, stage = Store(tmp_path / "s"), ppo(steps=2, group=2)
     cost = make(stage, store).cost
@@ -100,28 +112,30 @@ def test_both_models_are_paid_for(tmp_path):
     assert cost.flops == drawn * (2 * n + 2 * n + 2 * v + 6 * n + 6 * v)
 
 
-def document_nll(store, stage, port="policy"):
-    """The mean loss of a stage's model on the documents."""
-    from tutelage.learn.learner import Learner
-    from tutelage.model.folder import load_model, load_tokenizer
-
-    folder = store.path(key(stage), port)
+def likelihood(store, stage, template):
+    """The mean loss of a stage's policy on the rows as a template has them."""
+    folder = store.path(key(stage), "policy")
     tokenizer = load_tokenizer(folder)
-    samples = [Document().document(tokenizer, row["text"]) for row in read_rows(store.path(key(DATA), "rows"))]
+    samples = []
+    for row in read_rows(store.path(key(DATA), "rows")):
+        chat = isinstance(template, Chat)
+        made = template.example(tokenizer, row["prompt"], row["completion"]) if chat else None
+        samples.append(made or template.document(tokenizer, row["text"]))
     return Learner(load_model(folder)).forward_backward(samples, NLL())["loss"]
 
 
-def test_the_pretraining_loss_keeps_what_plain_ppo_forgets(tmp_path):
+@pytest.mark.parametrize("template", [Chat(), Document()], ids=["SFT replay", "PPO-ptx"])
+def test_replay_keeps_what_plain_ppo_forgets(template, tmp_path):
     store = Store(tmp_path / "s")
-    base = fit(name="base", template=Document(), steps=12, rows=24, optimizer=AdamW(lr=0.01))
+    base = fit(name="base", template=template, steps=12, rows=24, optimizer=AdamW(lr=0.01))
     start = {"model": base.out(), "value": base.out(), "reference": base.out()}
     plain = ppo(**start, name="plain")
-    mixed = ppo(**start, name="mixed", replay=(Replay(data=DATA.out(), weight=1.0, rows=16, template=Document()),))
+    mixed = ppo(**start, name="mixed", replay=(Replay(data=DATA.out(), weight=1.0, rows=16, template=template),))
     for stage in (plain, mixed):
         make(stage, store)
         reward = [m["reward"] for m in lines(store, stage)]
         assert np.mean(reward[-3:]) > np.mean(reward[:2]) + 0.2
-    before, forgot, kept = (document_nll(store, s) for s in (base, plain, mixed))
+    before, forgot, kept = (likelihood(store, s, template) for s in (base, plain, mixed))
     assert forgot > before + 0.5
     assert kept < before
     told = [m["replay/letters.rows/loss"] for m in lines(store, mixed)]
