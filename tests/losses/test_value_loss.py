@@ -1,6 +1,6 @@
 """The clipped value loss against a loop over tokens, and what the clip does to its gradient.
 
-TRL has had no PPO trainer since 1.0, so the loop stands in for it: half the mean of the larger of two squared errors.
+TRL 1.16 has no PPO trainer any more, so the loop stands in for it: half the sum of the larger of two squared errors.
 """
 
 from types import SimpleNamespace

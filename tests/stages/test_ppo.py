@@ -86,7 +86,7 @@ def test_both_ports_keep_their_series_and_a_later_stage_goes_on_from_the_value_m
     assert not same(weights(store, stage, "value", 1), weights(store, stage, "value"))
     head = AutoModelForTokenClassification.from_pretrained(store.path(key(stage), "value")).score
     assert head.weight.any()
-    further = ppo(name="more", steps=1, group=2, model=stage.out("policy"), value=stage.out("value"))
+    further = ppo(name="more", steps=1, group=1, model=stage.out("policy"), value=stage.out("value"))  # no group is needed
     make(further, store)
     assert lines(store, further)[0]["value/loss"] != pytest.approx(lines(store, stage)[0]["value/loss"])
 
