@@ -50,16 +50,16 @@ def run(
     home, out = Store(store), console()
     cores = cores or core_count()
     estimator = Estimator(home)
-    out.print(f"[bold]{chosen.name}[/]: {summary(made, estimator, cores)}", highlight=False)
+    out.print(f"[bold]{chosen.name}[/]: {summary(made, estimator, cores)}", highlight=False, soft_wrap=True)
     with watch(made, estimator, cores, out, plain) as watcher:
         outcome = execute(
             made, home, arguments=chosen.arguments, argv=sys.argv, cores=cores, every=checkpoint_every, watcher=watcher
         )
     for line in _skipped(made, home):
-        out.print(line, highlight=False, markup=False)
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
     took = human_time(time.monotonic() - watcher.began)
     if outcome.state == "stopped":
-        out.print(f"stopped after {took}; run the same command again to go on from the last checkpoints")
+        out.print(f"stopped after {took}; run the same command again to go on from the last checkpoints", soft_wrap=True)
     elif outcome.state == "failed":
         _failed(outcome.failed, len(made.todo), len(made.todo) - len(outcome.failed) - len(outcome.made))
     else:
