@@ -417,3 +417,14 @@ def test_names_that_yaml_or_markdown_would_read_otherwise(store):
 def test_hub_names():
     assert hub_name("/x/hub/models--Qwen--Qwen3-0.6B-Base/snapshots/1a2b") == "Qwen/Qwen3-0.6B-Base"
     assert hub_name("./models/my-model/") == "my-model"
+
+
+def test_a_value_model_is_loaded_as_what_it_is(store):
+    put(store, "ppo", {"policy": MODEL, "value": {**MODEL, "head": "value"}})
+    for port, cls, does in (
+        ("policy", "AutoModelForCausalLM", "text-generation"),
+        ("value", "AutoModelForTokenClassification", "token-classification"),
+    ):
+        text = card(store, store.meta(key_of("ppo")), port)
+        assert f"import {cls}," in text
+        assert front(text)["pipeline_tag"] == does

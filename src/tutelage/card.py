@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tutelage.ancestry import Ancestry, Link, gather
+from tutelage.ancestry import Ancestry, Link, Meta, gather
 from tutelage.estimate import count, human_time, si
 from tutelage.store import Store
 
@@ -84,14 +84,22 @@ def _front(of: Ancestry, port: str, adapter: bool) -> Iterator[str]:
     """YAML, of which JSON's strings and lists are a part."""
     meta = of.metas[of.root]
     bases = bases_of(of, port, adapter)
-    body: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
+    does = "token-classification" if _values(meta, port) else "text-generation"
+    body: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": does}
     body |= {"base_model": bases if bases[1:] else bases[0]} if bases else {}
     body |= {"tags": ["tutelage", meta["kind"].rpartition(".")[2].lower(), *(["lora"] if adapter else [])]}
     yield from ("---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()), "---")
 
 
+def _values(meta: Meta, port: str) -> bool:
+    """Whether a port holds a value model: one number for each token."""
+    return bool(meta.get("outputs", {}).get(port, {}).get("head") == "value")
+
+
 def _loading(of: Ancestry, port: str, adapter: bool) -> Iterator[str]:
     library, cls = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    if _values(of.metas[of.root], port):
+        cls = "AutoModelForTokenClassification"
     yield from ("## Load it", "", "With `FOLDER` the folder of this file:", "", "```python")
     yield from (f"from {library} import {cls}" + (", AutoTokenizer" if not adapter else ""),)
     loaded = f"model = {cls}.from_pretrained(FOLDER)"

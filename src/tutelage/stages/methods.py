@@ -5,8 +5,8 @@ what a paper leaves open. Batch sizes, learning rates and steps are the recipe's
 ``reference``. A field that a recipe wants otherwise is written over it: ``{**methods.glm5(), "resample": 3}``. Formulas,
 sources and where each number is from: docs/methods/.
 
-Leaves out: PPO, distillation (losses/distill.py), and what a method does to its data before a step (OLMo 3 and GLM-5 filter
-problems by difficulty).
+Leaves out: PPO (ppo.py), distillation (losses/distill.py), and what a method does to its data before a step (OLMo 3 and GLM-5 filter
+problems by difficulty: choose.py).
 """
 
 from __future__ import annotations
