@@ -82,6 +82,9 @@ MISTAKES = [
     (("plan", "small.json", "--store", "."), "neither empty nor a store"),
     (("plan", "small.json", "--store", "small.json"), "small.json is not a folder; give --store another folder"),
     (("plan", "small.json", "--set", "base.name=x"), "a stage's name cannot be set; it is its key in stages"),
+    (("plan", "small.json", "--store", "~nobody-of-this-name/x"), "cannot use ~nobody-of-this-name/x as a store: "),
+    (("store", "list", "--store", "~nobody-of-this-name/x"), "cannot use ~nobody-of-this-name/x as a store: "),
+    (("plan", "small.json", "--store", "a\udcff"), "'a\\udcff' on the command line is no UTF-8 text; rename what it names"),
     (("plan",), "RECIPE"),
 ]
 

@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "explain": {"spec", "graph", "store", "index"},
     "card": {"spec", "store", "ancestry", "estimate"},
     "worker": {"explain", "spec", "files", "locks", "graph", "store", "context", "card", "upkeep"},
-    "run": {"spec", "graph", "store", "estimate"},
+    "run": {"spec", "graph", "store", "estimate", "locks"},
     "progress": {"graph", "estimate"},
     "catalog": {"spec", "graph"},
     "commands": {

@@ -408,6 +408,34 @@ def test_a_stopped_run_goes_on_and_makes_the_same_bytes(tmp_path, number, code):
     assert untimed(whole.metrics(base)) == untimed(broken.metrics(base))
 
 
+HANG_UP = """
+import fcntl, os, pty, subprocess, sys, termios
+outer, inner = pty.openpty()
+terminal = lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+process = subprocess.Popen(sys.argv[1:], stdin=inner, stdout=inner, stderr=inner, start_new_session=True, preexec_fn=terminal)
+os.close(inner)
+seen = b""
+while b" starts" not in seen and (b"base" not in seen or b"/40" not in seen):
+    seen += os.read(outer, 4096)
+os.close(outer)
+sys.exit(process.wait(60))
+"""
+
+
+@pytest.mark.parametrize("look", [(), ("--plain",)])
+def test_a_closed_terminal_stops_a_run_at_a_checkpoint(store, tmp_path, look):
+    slow = toy.small(steps=40, pause=0.1)
+    (tmp_path / "r.json").write_text(json.dumps(record(slow)))
+    words = ("-m", "tutelage", "run", "r.json", "--store", str(store.root), "--checkpoint-every", "3600", "--cores", "1", *look)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}/src:{ROOT}", "TERM": "xterm", "COLUMNS": "120"}
+    command = [sys.executable, "-c", HANG_UP, sys.executable, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=env, check=False, timeout=90)
+    assert done.returncode == 128 + signal.SIGHUP
+    assert store.load_run("last")["state"] == "stopped"
+    begun = (store.root / "work").glob("*/metrics.jsonl")
+    assert all(store.checkpoint(p.parent.name) for p in begun), "work was lost"
+
+
 def test_a_signal_to_a_worker_alone_stops_the_run_too(store, tmp_path):
     slow = toy.small(steps=100, pause=0.05)
     process = background(store, tmp_path, slow, every=3600)

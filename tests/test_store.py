@@ -88,6 +88,16 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         Store(tmp_path / "file" / "store")
 
 
+def test_a_path_that_leads_nowhere_or_is_no_text_is_refused(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(UserError, match=r"Symlink loop from .*; give another --store"):
+        Store(tmp_path / "a")
+    with pytest.raises(UserError, match="is no UTF-8 text; give another --store"):
+        Store(tmp_path / "a\udcff")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+
+
 def test_reading_makes_nothing(tmp_path):
     store = Store(tmp_path / "none", create=False)
     assert not store.has("k")

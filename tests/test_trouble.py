@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,10 @@ from typing import Any
 import pytest
 
 from tests import toy
-from tutelage import locks
+from tutelage import locks, upkeep
 from tutelage.files import append_line, read_jsonl, trouble
 from tutelage.graph import Goals, key, plan, record
-from tutelage.run import run
+from tutelage.run import Silent, run
 from tutelage.spec import UserError
 from tutelage.store import Store
 
@@ -91,6 +92,38 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     assert whole[0] == 0
     assert "goes on from step" in whole[1]
     assert verify[0] == 0
+
+
+APPEND = """
+from pathlib import Path
+from tutelage.files import append_line
+file = Path("disk/store/events/e.jsonl")
+try:
+    for n in range(9999):
+        append_line(file, {"event": "n" * n})
+except OSError as error:
+    print(error.strerror, file.read_bytes()[-1:])
+"""
+
+
+@disk
+def test_a_full_disk_is_freed_and_has_no_line_cut_short(tmp_path):
+    fat(tmp_path)
+    (tmp_path / "append.py").write_text(APPEND)
+    script = f"""
+        {TUTELAGE} run r.json --store disk/store --set fat.steps=1
+        rm -r disk/store/locks/*; cat /dev/zero > disk/fill
+        truncate -s -20K disk/fill; {sys.executable} append.py; cat /dev/zero >> disk/fill
+        {TUTELAGE} store verify --store disk/store
+        {TUTELAGE} store gc --forget fat-1 --yes --store disk/store
+        {TUTELAGE} store list --store disk/store
+    """
+    made, _, cut, verify, freed, left = on_a_disk(tmp_path, "8m", script)
+    assert made[0] == 0
+    assert "No space left on device b'\\n'" in cut[1]
+    assert verify[0] == 0, verify[1]
+    assert freed[0] == 0, freed[1]
+    assert left[1].splitlines()[-1].startswith("0 artifacts")
 
 
 @disk
@@ -227,6 +260,20 @@ def test_a_checkpoint_that_is_not_what_was_written_is_not_used(tmp_path):
     assert len(whole.metrics(mine)) == len(broken.metrics(mine)) == 9
 
 
+@pytest.mark.parametrize("how", ["{}", "[]", '{"step": 3}', '"step": 4', '"metrics": 9', '"cosu"'])
+def test_a_checkpoint_whose_own_account_is_not_what_was_written_is_told_and_not_used(store, how):
+    broken = toy.Count(name="count", source=toy.Make(name="data").out(), steps=9, die_at=5)
+    go(store, broken, every=0)
+    (file,) = (store.root / "work" / key(broken)).glob("checkpoint-*/context.json")
+    text = file.read_text()
+    changed = {'"step": 4': ('"step": 5', how), '"metrics": 9': ('"metrics": ', how), '"cosu"': ('"cost"', how)}
+    file.write_text(text.replace(*changed[how]) if how in changed else how)
+    assert file.read_text() != text
+    assert [f.what for f in upkeep.verify(store)] == ["checkpoint"]
+    assert go(store, broken.model_copy(update={"die_at": -1}), every=0).state == "done"
+    assert [m["step"] for m in store.metrics(key(broken))] == list(range(9))
+
+
 def test_a_line_cut_short_by_a_kill_spoils_no_other(tmp_path):
     file = tmp_path / "e.jsonl"
     append_line(file, {"n": 1})
@@ -286,6 +333,56 @@ def test_a_holder_that_moves_is_waited_for_one_that_stands_still_is_told_and_a_d
     other.kill()
     assert got.wait(5), "the kernel gives back the lock of the dead"
     waiter.join()
+
+
+FORKS = """
+import os, sys, time
+from pathlib import Path
+from tutelage import locks
+with locks.hold(Path(sys.argv[1])):
+    if child := os.fork():
+        print(child, flush=True)
+        os.kill(os.getpid(), 9)
+    time.sleep(600)
+"""
+
+
+def test_a_child_that_outlives_a_holder_does_not_hold(tmp_path):
+    command = [sys.executable, "-c", FORKS, str(tmp_path / "k.lock")]
+    parent = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    child = int(parent.stdout.readline())
+    try:
+        parent.wait()
+        time.sleep(0.3)  # the child's first lines
+        os.kill(child, 0)
+        assert locks.held(tmp_path / "k.lock") is None
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", ["gc", "runs", "probe"])
+def test_a_run_that_waits_to_begin_says_for_whom(store, name):
+    said: list[str] = []
+
+    class Watch(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+            freed.set()
+
+    freed, held = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with store.lock(name, "store gc"):
+            held.set()
+            freed.wait(20)
+
+    holder = threading.Thread(target=other)
+    holder.start()
+    held.wait()
+    assert go(store, toy.Make(name="data"), watcher=Watch()).state == "done"
+    holder.join()
+    assert said == [f"waits for store gc (process {os.getpid()} on {socket.gethostname()}), which is at work in the store"]
 
 
 def test_asking_who_holds_a_lock_takes_nothing(tmp_path, other):

@@ -396,8 +396,9 @@ def test_killed_anywhere_it_leaves_a_store_that_works_and_is_ended_by_freeing_ag
     first, second = two_runs(store)
     checkpoint = store.work("4" * 32) / "checkpoint-1"
     checkpoint.mkdir()
-    for name in ("context.json", "state.json"):
-        (checkpoint / name).write_text("{}")
+    state = {"step": 1, "metrics": 0, "cost": {"flops": 0.0, "tokens": {}}, "facts": {}, "seconds": 1.0}
+    for name, body in {"context.json": state, "state.json": {}}.items():
+        (checkpoint / name).write_text(json.dumps(body))
     copies = tmp_path / "copies"
     copies.mkdir()
     subprocess.run([sys.executable, "-c", KILLED, str(store.root), str(copies)], check=True)

@@ -44,9 +44,19 @@ def _shared(
 ) -> None: ...
 
 
+def _text(words: list[str]) -> None:
+    """Raises `UserError` for a word that is no text: it could be neither printed nor kept with a run."""
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!a} on the command line is no UTF-8 text; rename what it names") from None
+
+
 def main() -> NoReturn:
     """Runs the command line and exits."""
     try:
+        _text(sys.argv[1:])
         app()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tutelage.files import Trouble, append_line, read_object, sync, sync_folder, trouble, write_json
+from tutelage.files import Trouble, append_line, sync, sync_folder, trouble, write_json
 from tutelage.graph import At, Stage, key
 from tutelage.spec import UserError, content_hash
-from tutelage.store import Store
+from tutelage.store import Store, checkpoint_state, seal
 
 
 class Stopped(Exception):
@@ -105,8 +105,9 @@ class Context:
         for extra in self.work.glob(".checkpoint*"):
             shutil.rmtree(extra)
         for folder in reversed(found):
-            state = _sound(folder)
-            if state is None:
+            try:
+                state = checkpoint_state(folder)
+            except UserError:  # a failing disk, a power cut
                 shutil.rmtree(folder)
                 continue
             self.cost = Cost(**state["cost"])
@@ -149,7 +150,8 @@ class Context:
                 os.fsync(file.fileno())
                 size = file.seek(0, os.SEEK_END)
         state = {"step": step, "metrics": size, "cost": asdict(self.cost), "facts": self.facts, "seconds": self.seconds}
-        write_json(fresh / "context.json", {**state, "content": content_hash(fresh)})
+        state["content"] = content_hash(fresh)
+        write_json(fresh / "context.json", {**state, "seal": seal(state)})
         sync(fresh)
         target = self.work / f"checkpoint-{step}"
         shutil.rmtree(target, ignore_errors=True)
@@ -158,13 +160,3 @@ class Context:
         for old in self.work.glob("checkpoint-*"):
             if old != target:
                 shutil.rmtree(old)
-
-
-def _sound(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of itself; None where it is not what was written (a failing disk, a power cut)."""
-    try:
-        state = read_object(folder / "context.json")
-        whole = state.get("content") in (None, content_hash(folder, leave_out=("context.json",)))
-    except (UserError, OSError):
-        return None
-    return state if whole else None

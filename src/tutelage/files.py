@@ -55,15 +55,20 @@ def parse(text: str) -> Any:
 
 
 def append_line(path: Path, body: dict[str, Any]) -> None:
-    """Adds one line of JSON in one write; a line that a kill has cut short before is closed first."""
+    """Adds one line of JSON, or nothing; a line that a kill has cut short before is closed first. One writer a file."""
     line = json.dumps(body).encode() + b"\n"
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
-        while line:
-            line = line[os.write(handle, line) :]
+        try:
+            while line:
+                line = line[os.write(handle, line) :]
+        except OSError:  # a full disk takes a part
+            with suppress(OSError):
+                os.ftruncate(handle, size)
+            raise
     finally:
         os.close(handle)
 
@@ -79,9 +84,11 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def sync(folder: Path) -> None:
-    """Writes a folder's files through to disk."""
+    """Writes a folder's files, and its folders' lists of them, through to disk."""
     for file in folder.rglob("*"):
-        if file.is_file():
+        if file.is_dir():
+            sync_folder(file)
+        elif file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
     sync_folder(folder)

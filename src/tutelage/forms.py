@@ -137,6 +137,28 @@ class Artifact(_Made, total=False):
     content: dict[str, str]
 
 
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class Spent(TypedDict):
+    flops: Number
+    tokens: dict[str, Number]
+
+
+class _State(TypedDict):
+    step: Annotated[int, Field(ge=0, lt=2**63)]
+    metrics: Annotated[int, Field(ge=0, lt=2**63)]
+    cost: Spent
+    facts: Objects
+    seconds: Time
+
+
+@with_config(ConfigDict(strict=True, extra="forbid"))
+class Checkpoint(_State, total=False):
+    """A ``context.json``; older ones have no hashes."""
+
+    content: str
+    seal: str
+
+
 Keys = dict[str, Name]
 """stage -> key"""
 

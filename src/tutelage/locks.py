@@ -47,7 +47,7 @@ class Holder:
         return self.still >= STALLED
 
     def __str__(self) -> str:
-        where = f"process {self.pid} on {self.host}"
+        where = f"process {self.pid} on {self.host}" if self.pid else "another process"
         return f"{self.what} ({where})" if self.what else where
 
 
@@ -62,7 +62,7 @@ def hold(file: Path, what: str = "", waiting: Callable[[Holder], None] = lambda 
     try:
         _acquire(handle, file, note, waiting)
         ended = threading.Event()
-        write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "what": what})
+        _write(note, what)
         beat = threading.Thread(target=_beat, args=(note, ended), daemon=True)
         beat.start()
         try:
@@ -72,7 +72,20 @@ def hold(file: Path, what: str = "", waiting: Callable[[Holder], None] = lambda 
             beat.join()
             note.unlink(missing_ok=True)
     finally:
+        _open_here.discard(handle)
         os.close(handle)
+
+
+_open_here: set[int] = set()
+"""Handles of locks. A forked child closes its copies, or a lock would live on in it when its holder is dead."""
+
+
+def _close_all() -> None:
+    while _open_here:
+        os.close(_open_here.pop())
+
+
+os.register_at_fork(after_in_child=_close_all)
 
 
 def held(file: Path) -> Holder | None:
@@ -92,9 +105,11 @@ def held(file: Path) -> Holder | None:
 
 def _open(file: Path) -> int:
     try:
-        return os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; give --store a folder that can be written") from None
+    _open_here.add(handle)
+    return handle
 
 
 def _acquire(handle: int, file: Path, note: Path, waiting: Callable[[Holder], None]) -> None:
@@ -119,6 +134,15 @@ def _acquire(handle: int, file: Path, note: Path, waiting: Callable[[Holder], No
 
 def _contended(error: OSError) -> bool:
     return error.errno in (errno.EAGAIN, errno.EACCES)
+
+
+def _write(note: Path, what: str) -> None:
+    """On a full disk there is no note, rather than that of an earlier holder: who frees the disk must get the lock."""
+    try:
+        write_json(note, {"host": socket.gethostname(), "pid": os.getpid(), "what": what})
+    except OSError:
+        with suppress(OSError):
+            note.unlink(missing_ok=True)
 
 
 def _read(note: Path) -> Holder:

@@ -10,15 +10,17 @@ Leaves out: what a worker does with a stage (worker.py), how it looks (progress.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import selectors
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ from typing import Any, Protocol
 
 from tutelage.estimate import Estimator, priorities, slots, waits
 from tutelage.graph import Node, Plan, all_goals, key, order, record
+from tutelage.locks import Holder
 from tutelage.spec import UserError
 from tutelage.store import Store
 
@@ -92,16 +95,18 @@ def run(
     ``cores`` is shared by all stages that run at one time; checkpoints are at most ``every`` seconds apart. Raises
     `UserError` where the store cannot be written, before any work.
     """
-    store.ready()
+    watcher = watcher or Silent()
+    waiting = _tells(watcher)
+    store.ready(waiting)
     body = describe(plan, arguments or {}, argv or [])
-    name = store.new_run(body["recipe"], body)
+    name = store.new_run(body["recipe"], body, waiting)
     with store.lock(f"run.{name}", name):
         began = time.monotonic()
         outcome = Outcome(name, state="failed")
         try:
             store.event("run started", run=name)
-            _still_there(plan, store)
-            scheduler = Scheduler(plan, store, cores or core_count(), every, watcher or Silent(), name)
+            _still_there(plan, store, waiting)
+            scheduler = Scheduler(plan, store, cores or core_count(), every, watcher, name)
             scheduler.go()
             state = "stopped" if scheduler.signal else "failed" if scheduler.failed else "done"
             outcome = Outcome(name, state, scheduler.failed, scheduler.made, scheduler.signal, scheduler.users)
@@ -114,9 +119,22 @@ def run(
     return outcome
 
 
-def _still_there(plan: Plan, store: Store) -> None:
+def _tells(watcher: Watcher) -> Callable[[Holder], None]:
+    """Says once for whom the start of a run waits, and once that this one stands still."""
+    told: set[bool] = set()
+
+    def waiting(holder: Holder) -> None:
+        if holder.stalled not in told:
+            told.add(holder.stalled)
+            still = f", which has shown no sign of life for {holder.still:.0f} s; continue it or kill it"
+            watcher.say(f"waits for {holder}, which is at work in the store{still if holder.stalled else ''}")
+
+    return waiting
+
+
+def _still_there(plan: Plan, store: Store, waiting: Callable[[Holder], None]) -> None:
     """Raises `UserError` where what the plan builds on has been removed since: a collection that had begun ends first."""
-    with store.lock("gc"):
+    with store.lock("gc", waiting=waiting):
         pass
     needed = {k for n in plan.todo for _, k, _, _ in n.inputs} | {key(at.of) for one in plan.goals for at in all_goals(one)}
     gone = [n.label for n in plan.nodes.values() if n.key in needed and n.status == "stored" and not store.has(n.key)]
@@ -358,6 +376,8 @@ class Scheduler:
     def _heard(self, number: int, frame: Any) -> None:
         self.signal = self.signal or number
         self.asked += 1
+        if number == signal.SIGHUP:
+            _leave_terminal()
 
     def _obey(self) -> None:
         """Passes on what the signals asked for; outside the handler, which may interrupt a message half-way."""
@@ -370,6 +390,18 @@ class Scheduler:
             for hand in self.busy:
                 with suppress(ProcessLookupError, PermissionError):  # it has ended by itself
                     os.killpg(hand.process.pid, signal.SIGKILL)
+
+
+def _leave_terminal() -> None:
+    """Sends what goes to a terminal that has been closed to nowhere: writing there fails, and the stages are still to stop."""
+    for out in (1, 2):
+        try:
+            termios.tcgetattr(out)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, out)
+                os.close(nowhere)
 
 
 def _homes(plan: Plan) -> dict[str, int]:

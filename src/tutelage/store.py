@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.files import append_line, read_jsonl, read_object, sync, sync_folder, trouble, write_json
-from tutelage.forms import Artifact, Run, unfit
+from tutelage.forms import Artifact, Checkpoint, Run, unfit
 from tutelage.index import goals, misfit, summaries
 from tutelage.locks import Holder, held, hold
-from tutelage.spec import UserError, digest, file_hashes, joint_hash, suggest
+from tutelage.spec import UserError, content_hash, digest, file_hashes, joint_hash, suggest
 
 FORMAT = 1
 PARTS = ("artifacts", "work", "runs", "events", "locks")
@@ -41,7 +41,7 @@ class Store:
     """A folder of artifacts. Raises `UserError` where it cannot be used."""
 
     def __init__(self, root: str | Path, create: bool = True):
-        self.root = Path(root).expanduser().resolve()
+        self.root = absolute(root)
         mark = self.root / "format"
         if mark.exists():
             found = read_object(mark).get("format")
@@ -60,7 +60,7 @@ class Store:
             except OSError as error:
                 raise UserError(f"cannot make a store in {self.root}: {error.strerror}; give --store another folder") from None
 
-    def ready(self) -> None:
+    def ready(self, waiting: Callable[[Holder], None] = lambda holder: None) -> None:
         """Raises `UserError` unless this process can write here, lock here, and has a temp folder: asked before any work."""
         import tempfile
 
@@ -68,10 +68,10 @@ class Store:
             for part in PARTS:
                 (self.root / part).mkdir(exist_ok=True)
             write_json(self.root / "work" / ".probe", {})
-            (self.root / "work" / ".probe").unlink()
+            (self.root / "work" / ".probe").unlink(missing_ok=True)  # another run may have put its own there, and taken it
         except OSError as error:
             raise UserError(f"cannot write to the store: {trouble(error, self.root) or error}; {MEND}") from None
-        with self.lock("probe"):
+        with self.lock("probe", waiting=waiting):
             pass
         try:
             tempfile.gettempdir()
@@ -112,9 +112,13 @@ class Store:
         if not self.has(key):
             raise UserError(f"no artifact {key} in {self.root}")
         file = self.folder(key) / "artifact.json"
-        found = read_object(file)
+        fix = "`tutelage store verify --remove` takes it out"
+        try:
+            found = read_object(file)
+        except UserError as error:
+            raise UserError(f"{error}; {fix}") from None
         if wrong := misfit(found, key) or unfit(found, Artifact):
-            raise UserError(f"{file} is damaged: {wrong}; `tutelage store verify --remove` takes it out")
+            raise UserError(f"{file} is damaged: {wrong}; {fix}")
         return {"kind": "", "record": {}, "outputs": {}, **found}
 
     def metrics(self, key: str) -> list[dict[str, Any]]:
@@ -138,7 +142,7 @@ class Store:
             raise UserError(f"{text!r} begins several keys: {', '.join(near[:5])}; give more of it")
         named = [s for s in made.values() if s.name == text]
         if not named:
-            raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {s.name for s in made.values()})}")
+            raise UserError(f"no artifact {text!r} in {self.root}{suggest(text, {s.name for s in made.values()} - {''})}")
         of_runs = goals(self)
         for run in reversed(self.runs()):
             for _, keys in of_runs.get(run, ()):
@@ -215,9 +219,9 @@ class Store:
 
     # --- runs and events ---
 
-    def new_run(self, recipe: str, body: dict[str, Any]) -> str:
+    def new_run(self, recipe: str, body: dict[str, Any], waiting: Callable[[Holder], None] = lambda holder: None) -> str:
         """Saves a new run under a name nobody has, ``RECIPE-N``, and returns the name."""
-        with self.lock("runs"):
+        with self.lock("runs", waiting=waiting):
             taken = [f.stem.rpartition("-") for f in (self.root / "runs").glob("*.json")]
             n = max((int(t[2]) for t in taken if t[0] == recipe and t[2].isdigit()), default=0) + 1
             name = f"{recipe}-{n}"
@@ -271,6 +275,35 @@ def _placeless(hashes: dict[str, str]) -> dict[str, str]:
     return {name: each for name, each in hashes.items() if name != "adapter_config.json"}
 
 
+def absolute(root: str | Path) -> Path:
+    """Raises `UserError` for a path that leads nowhere, or that JSON cannot hold."""
+    try:
+        found = Path(root).expanduser().resolve()
+        str(found).encode()
+    except RuntimeError as error:  # an unknown ~user, links in a circle
+        why = str(error).rstrip(".")
+        raise UserError(f"cannot use {root} as a store: {why}; give another --store") from None
+    except UnicodeEncodeError:
+        raise UserError(f"the path of the store, {str(root)!a}, is no UTF-8 text; give another --store") from None
+    return found
+
+
+def checkpoint_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, of `forms.Checkpoint`. Raises `UserError` where it is not what was written."""
+    state = read_object(folder / "context.json")
+    if wrong := unfit(state, Checkpoint):
+        raise UserError(f"context.json is no checkpoint's: {wrong}")
+    if state.get("seal") not in (None, seal(state)):
+        raise UserError("context.json was changed after it was written")
+    try:
+        whole = state.get("content") in (None, content_hash(folder, leave_out=("context.json",)))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+    if not whole:
+        raise UserError("its files or their content are not what was written")
+    return state
+
+
 def seal(meta: dict[str, Any]) -> str:
-    """A digest of an ``artifact.json`` but for the seal itself: what tells that it was changed."""
+    """A digest of an ``artifact.json`` or ``context.json`` but for the seal itself: what tells that it was changed."""
     return digest({k: v for k, v in meta.items() if k != "seal"})

@@ -25,7 +25,7 @@ from tutelage.files import parse, read_object
 from tutelage.index import FORMAT, goals, goals_of, misfit, size, summaries
 from tutelage.locks import Holder
 from tutelage.spec import UserError, content_hash, file_hashes, suggest
-from tutelage.store import Store, seal
+from tutelage.store import Store, checkpoint_state, seal
 
 Told = Callable[[int], None]
 """Is told of the bytes that have been read since it was last told."""
@@ -200,14 +200,9 @@ def _event(line: bytes) -> bool:
 def _checkpoint_damage(folder: Path) -> str:
     """What `Context.resume` would pass over it for, if anything."""
     try:
-        state = read_object(folder / "context.json")
-        now = content_hash(folder, leave_out=("context.json",))
+        checkpoint_state(folder)
     except UserError as error:
-        return f"context.json {_short(error)}"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if state.get("content") not in (None, now):
-        return "its files or their content are not what was written; its stage will start anew"
+        return f"{_short(error)}; its stage will start anew"
     return ""
 
 

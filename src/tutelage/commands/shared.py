@@ -53,9 +53,9 @@ def planned(chosen: Chosen, store: Path) -> Plan:
 
 def open_store(store: Path) -> Store:
     """A store to read. Raises `UserError` where there is none."""
-    from tutelage.store import Store
+    from tutelage.store import Store, absolute
 
-    if not (store.expanduser() / "format").exists():
+    if not (absolute(store) / "format").exists():
         raise UserError(f"there is no store in {store}; give --store DIR, set TUTELAGE_STORE, or make one with `tutelage run`")
     return Store(store)
 
