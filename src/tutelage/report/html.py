@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,13 @@ def save(text: str, target: Path) -> Path:
     """Writes a page in one go and returns its path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f".{target.name}.{os.getpid()}")
-    fresh.write_text(text, "utf-8")
-    os.replace(fresh, target)
+    try:
+        fresh.write_text(text, "utf-8")
+        os.replace(fresh, target)
+    except OSError:
+        with suppress(OSError):
+            fresh.unlink(missing_ok=True)
+        raise
     return target
 
 
