@@ -136,6 +136,16 @@ def test_of_equally_near_ones_the_newest_counts(tmp_path):
     assert found.text() == "rows 6 → 8"
 
 
+def test_the_same_stage_by_older_code_is_nearer_than_another_seed(alone, monkeypatch):
+    for seed, finished in ((0, 1.0), (1, 2.0)):
+        publish(alone, Nested(name="n", seed=seed), finished)
+    monkeypatch.setattr("tutelage.explain.foreign_code", lambda cls: {})
+    for cls, version in ((toy.Rate, 2), (toy.Schedule, 3)):
+        monkeypatch.setattr(cls, "version", version)
+    found = why(alone, Goals(recipe="r", stages=(Nested(name="n", seed=0).out(),)))["n"]
+    assert {c.text for c in found.changes} == {f"perhaps rates.{n} version changed to {n + 2}" for n in (0, 1)}
+
+
 def test_each_seed_is_compared_with_its_own_record(stored):
     found = why(stored, toy.small(5), toy.small(6))
     assert found["more@5"].text() == "seed 100 → 105"

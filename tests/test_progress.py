@@ -85,6 +85,15 @@ def test_time_left_is_by_pace_since_the_first_step_seen(clockwork):
     assert look.lanes[node.key].remaining == pytest.approx(290)
 
 
+def test_both_looks_say_where_a_resumed_stage_goes_on(clockwork):
+    made = planned()
+    node = next(n for n in made.nodes.values() if n.label == "base")
+    for look in (Lines, Bars):
+        out = screen()
+        look(made, Estimator(), 2, out).event(node, {"event": "resumed", "step": 100})
+        assert "base goes on from step 100" in text(out)
+
+
 def test_tokens_a_second_are_of_late(clockwork):
     lane = progress.Lane(next(iter(planned().nodes.values())))
     for second in range(100):

@@ -1,9 +1,10 @@
 """Why a stage of a plan will run: what differs from its nearest stored neighbour, and differences of records at large.
 
-The *neighbour* is a stored stage of the same name and kind, else of the same kind: the one with the fewest differences, the
-newest of those equally near. A difference is a field by its dotted path, an input, a version (the stage's, a nested spec's, a
-library's) or code of the user's. Fields that are in no key (names, threads) count for nothing, and a field that an older
-record lacks had its default.
+The *neighbour* is a stored stage of the same name and kind, else of the same kind: the one with the fewest fields and
+inputs that differ, then the fewest differences at all (so the same stage by older code is nearer than another seed's), then
+the newest. A difference is a field by its dotted path, an input, a version (the stage's, a nested spec's, a library's) or
+code of the user's. Fields that are in no key (names, threads) count for nothing, and a field that an older record lacks had
+its default.
 
 What a key holds beside the record (versions of nested specs, content of outside files, user code) is compared by the `marks`
 that an artifact carries. An artifact without them tells less: where nothing else differs, the cause is one of the places that
@@ -137,12 +138,17 @@ def _reason(plan: Plan, node: Node, rec: JSON, stored: _Neighbours) -> Reason:
     if not near:
         return Reason(lead or NEW)
     mine = _Form(node.stage, rec)
-    changes, meta = min(((mine.changes(m, node, plan), m) for m in near), key=lambda each: (len(each[0]), -each[1]["finished"]))
+    changes, meta = min(((mine.changes(m, node, plan), m) for m in near), key=_far)
     if not lead and meta["name"] != node.stage.name:
         lead = f"unlike {meta['name']}"
     old = {i["path"]: i for i in meta["inputs"]}
     changes = [_caused(c, old, node, plan, stored) if c.what == "input" else c for c in changes]
     return Reason(lead, changes, {"name": meta["name"], "key": meta["key"]})
+
+
+def _far(each: tuple[list[Change], JSON]) -> tuple[int, int, float]:
+    changes, meta = each
+    return sum(c.what in ("field", "input") for c in changes), len(changes), -meta["finished"]
 
 
 def _caused(change: Change, old: JSON, node: Node, plan: Plan, stored: _Neighbours) -> Change:

@@ -219,6 +219,10 @@ class Bars(Progress):
     def __exit__(self, *_: Any) -> None:
         self._live.stop()
 
+    def started(self, node: Node, how: str) -> None:
+        if how != "starts":
+            self.say(f"{node.label} {how}")
+
     def ended(self, node: Node, took: str, numbers: str) -> None:
         line = Text.assemble(("✓ ", "green"), (self._name(node.label, 99), "bold"), f"  {took:>8}", (f"  {numbers}", "dim"))
         self.console.print(line, no_wrap=True, overflow="ellipsis")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from tests.report import synthetic
 from tutelage.report import graph, html, plots, terminal
-from tutelage.report.data import thin
+from tutelage.report.data import collect, thin
 from tutelage.report.read import Replicate, load
 
 SECTIONS = ("graph", "recovery", "accuracy", "controls", "elsewhere", "curves", "cost", "transcripts", "stages", "recipe")
@@ -202,6 +202,27 @@ def test_drawings_are_well_formed_and_told_to_readers(page):
         assert not re.search(r"#[0-9a-f]{6}|rgb\(|nan", each)  # colours are the page's, numbers are numbers
     assert all("<caption>" in t for t in re.findall(r"<table>.*?</table>", page, re.S))
     assert page.count("<h1>") == 1
+
+
+def test_a_table_without_teachers_is_told_by_what_was_gained(tmp_path, monkeypatch):
+    drawn = synthetic.record
+    plain = {"teachers": {}, "after": "specialist sum", "controls": ["base"]}
+    monkeypatch.setattr(synthetic, "record", lambda *a: (r := drawn(*a)) | {"table": r["table"] | plain})
+    store = synthetic.build(tmp_path, n=40)
+    found = collect(store, "last")
+    assert [(g["of"], g["than"]) for g in found["gaps"]] == [("specialist sum", "sft"), ("specialist sum", "base")]
+    own = {row: found["scores"][row]["domains"]["sum"]["mean"] for row in ("specialist sum", "sft")}
+    assert found["gaps"][0]["domains"]["sum"]["difference"] == pytest.approx(own["specialist sum"] - own["sft"])
+    assert found["cost"]["ledgers"] == {}
+    text, page = printed(store), html.page(store, "last")
+    assert "specialist sum − sft" in text
+    assert terminal.role_word(found["scores"]["specialist sum"], found) == "after"
+    assert "ledger" not in text
+    assert "teachers: each" not in text
+    assert "specialist sum − sft" in page
+    assert "On average over the domains, specialist sum stands" in page
+    assert "the first specialist sum got right" in page
+    assert page.count('class="replies"') > 1
 
 
 def test_pages_of_partial_runs(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from string import ascii_letters, digits
 from typing import TYPE_CHECKING, Any
 
 from tutelage.commands.run import SkipBadRows
@@ -196,4 +197,5 @@ def _braces(labels: list[str]) -> str:
     end = f"@{seeds.pop()}" if len(seeds) == 1 and "" not in seeds else ""
     labels = [label.removesuffix(end) for label in labels]
     shared = os.path.commonprefix(labels)  # noqa: RUF071 (characters are what is wanted)
+    shared = shared.rstrip(ascii_letters + digits)  # no word in two
     return f"{shared}{{{', '.join(label[len(shared) :] for label in labels)}}}{end}"

@@ -299,13 +299,14 @@ def ratio_entry(before: list[Figure], teacher: list[Figure], after: list[Figure]
 
 def gaps(run: Run, measured: Measures) -> list[JSON]:
     """What the headline compares, in points averaged over domains with each domain beside: the teachers (each on its own
-    domains) and the student, over the checkpoint before and over every control."""
+    domains) and the student, over the checkpoint before and over every control; without teachers, the checkpoint after."""
     before, after, teachers = run.table.before, run.table.after, run.table.teachers
-    if not (before and after and teachers):
+    if not (before and after):
         return []
+    sides = {"teachers": teachers, "student": dict.fromkeys(teachers, after)}
     found = []
     for than in (before, *run.table.controls):
-        for who, row_of in (("teachers", teachers), ("student", dict.fromkeys(teachers, after))):
+        for who, row_of in (sides if teachers else {after: dict.fromkeys(run.table.rows.get(after, ()), after)}).items():
             entry = mean_gap(measured, row_of, than)
             if entry:
                 found.append({"of": who, "than": than, **entry})
@@ -432,10 +433,10 @@ def ledger(by_stage: JSON, names: list[str]) -> JSON:
 
 
 def ledger_stages(run: Run) -> dict[str, set[str]]:
-    """Which stages each ledger adds; empty without a table."""
+    """Which stages each ledger adds; empty without a table, and without teachers."""
     first, table = run.first, run.table
     student, start = first.source(table.after), first.source(table.before)
-    if student is None:
+    if student is None or not table.teachers:
         return {}
     old = first.above(start.ref) if start else set()
     line, each = [student.ref], student.ref

@@ -110,7 +110,12 @@ def build(replicate: Replicate, status: dict[str, str]) -> Drawing:
         roles = [table.role(r) for r in rows.get(name, []) if table.role(r)]
         trained = name in makers or any(link.target == name for link in links.values())
         role = roles[0] if roles else "" if trained else "data"
-        second = {"before": "before", "after": "student", "teacher": "teacher", "control": "control"}.get(role, "")
+        second = {
+            "before": "before",
+            "after": "student" if table.teachers else "after",
+            "teacher": "teacher",
+            "control": "control",
+        }.get(role, "")
         state = status.get(name, "")
         parts = (str(spec.get("kind", "")).rpartition(".")[2], second, state if state != "stored" else "")
         line = " · ".join(p for p in parts if p)

@@ -130,11 +130,13 @@ def moment(value: Any) -> str:
 
 
 def sentences(found: JSON) -> list[dict[str, str]]:
-    """What the run shows, in words: specialists and student against where they began, then against the two strongest
-    controls. ``{text, by}``: a sentence, and the domains behind its means."""
+    """What the run shows, in words: specialists and student (or the checkpoint after) against where they began, then against
+    the two strongest controls. ``{text, by}``: a sentence, and the domains behind its means."""
     gaps = found["gaps"]
     if not gaps:
         return []
+    if not found["recovery"]:
+        return [compare([g], g["than"], str(g["than"]), {g["of"]: str(g["of"])}) for g in gaps]
     before, controls = found["recovery"]["before"]["row"], strongest_controls(found)
     said = [compare(gaps, before, f"the {before} they began from")]
     said += [compare(gaps, name, f"the control {name}") for name in controls[:2]]
@@ -150,10 +152,12 @@ def strongest_controls(found: JSON) -> list[str]:
     return [g["than"] for g in sorted(over, key=lambda g: g["difference"])]
 
 
-def compare(gaps: Iterable[JSON], than: str, words: str) -> dict[str, str]:
-    """Where the specialists and the student stand against one row; empty where either is not measured."""
+NAMES = {"teachers": "the specialists, each on its own,", "student": "the student"}
+
+
+def compare(gaps: Iterable[JSON], than: str, words: str, names: dict[str, str] = NAMES) -> dict[str, str]:
+    """Where those of ``names`` stand against one row; empty where any of them is not measured."""
     clauses, by = [], []
-    names = {"teachers": "the specialists, each on its own,", "student": "the student"}
     for who, name in names.items():
         gap = next((g for g in gaps if g["of"] == who and g["than"] == than), None)
         if gap is None:
@@ -165,7 +169,7 @@ def compare(gaps: Iterable[JSON], than: str, words: str) -> dict[str, str]:
         unsure = f"{name} cannot be told from {words}: {points(gap['difference'])} points ({bounds})"
         clauses.append(f"{name} {verb} {size} {apart} {words} ({bounds})" if apart else unsure)
         shown = ", ".join(f"{d} {points(g['difference'])}" for d, g in gap["domains"].items() if g)
-        by.append(f"{'specialists' if who == 'teachers' else 'student'}: {shown}")
+        by.append(f"{'specialists' if who == 'teachers' else who}: {shown}")
         words = "it"
     return {"text": f"On average over the domains, {'; '.join(clauses)}.", "by": f"By domain, {'; '.join(by)}."}
 

@@ -210,7 +210,7 @@ def transcripts(store: Store, run: Run, each: int = 1) -> list[JSON]:
     """
     table, first = run.table, run.first
     found: list[JSON] = []
-    for domain in table.teachers:
+    for domain in [*table.teachers] or [*table.rows.get(table.after, {})]:
         edges = {role: table.rows.get(row, {}).get(domain) for role, row in (("after", table.after), ("before", table.before))}
         shown = {role: read_replies(store, first, edge) if edge else {} for role, edge in edges.items()}
         for right in (True, False):

@@ -173,13 +173,18 @@ def accuracy(found: JSON, console: Console) -> None:
         for row in rows:
             cells = [accuracy_cell(row["domains"].get(d), d in row["domains_taught"]) for d in part]
             style = "bold" if row["role"] == "after" else "italic" if row["role"] == "control" else ""
-            words = [title(row), {"after": "student"}.get(row["role"], row["role"]), row["parent"] or ""]
+            words = [title(row), role_word(row, found), row["parent"] or ""]
             made.add_row(*map(escape, words if roomy else words[:2]), *cells, style=style)
         console.print(made)
     failed = {r: sum(d["errors"] for d in row["domains"].values()) for r, row in found["scores"].items()}
     if any(failed.values()):
         shown = ", ".join(f"{escape(r)} {n}" for r, n in failed.items() if n)
         console.print(f"[yellow]verifier errors[/] (counted as not right): {shown}")
+
+
+def role_word(row: JSON, found: JSON) -> str:
+    """A row's part in the table, in a word: who comes after teachers is their student."""
+    return "student" if row["role"] == "after" and found["recovery"] else str(row["role"])
 
 
 def accuracy_cell(cell: JSON | None, own: bool) -> str:
@@ -255,9 +260,10 @@ def whole(seed: JSON) -> str:
 
 
 def comparisons(found: JSON, console: Console) -> None:
-    """Teachers and student over the checkpoint before and over each control, domain by domain."""
-    domains = list((found["recovery"] or {}).get("domains") or {})
-    caption = "paired differences ± the farther end of the 95 % interval; teachers: each on its own domain; " + TASKS_ONLY
+    """Teachers and student (or the checkpoint after) over the checkpoint before and over each control, domain by domain."""
+    domains = list(dict.fromkeys(d for gap in found["gaps"] for d in gap["domains"]))
+    whose = "teachers: each on its own domain; " if found["recovery"] else ""
+    caption = f"paired differences ± the farther end of the 95 % interval; {whose}{TASKS_ONLY}"
     labels = [f"{gap['of']} − {gap['than']}" for gap in found["gaps"]]
     for part in abreast(domains, console, labels, 10, 13) if found["gaps"] else ():
         made = table("Points above", caption)
