@@ -216,8 +216,8 @@ def test_lineage_says_which_seed_and_shows_a_thing_before_it_says_shown_above(pl
     stored(place, *map(toy.small, (0, 1, 2)))
     code, out, err = say(monkeypatch, capsys, "lineage", "left", "--short")
     assert code == 0, err
-    assert "left@2 (newest of 3 seeds: left@0, left@1, left@2)" in out
-    assert "newest of" not in say(monkeypatch, capsys, "lineage", "left@1")[1]
+    assert "left@2 (one of 3 seeds: left@0, left@1, left@2)" in out
+    assert "one of" not in say(monkeypatch, capsys, "lineage", "left@1")[1]
 
     shared = toy.Chain(name="shared")
     deep = toy.Chain(name="deep", before=shared.out())

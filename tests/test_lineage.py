@@ -228,7 +228,7 @@ def test_replicates_are_called_by_their_seeds(store, capsys):
     assert "no: rl@0 does not descend from sft@1, nor sft@1 from rl@0" in out
     assert "rl@0 ← parent sft@0 ← data tasks" in out
     out = say(capsys, "lineage", "rl", "--to", key_of("sft0"))[1]
-    assert "rl@1 (newest of 2 seeds: rl@0, rl@1)" in out
+    assert "rl@1 (one of 2 seeds: rl@0, rl@1)" in out
     assert "no: rl does not descend from sft@0, nor sft@0 from rl" in out
 
 

@@ -120,7 +120,7 @@ def seeds_of(home: Store, name: str) -> list[tuple[str, str]]:
 
 
 def newest_of(home: Store, name: str, key: str) -> str:
-    """Which seed a bare name was taken to mean, where the store has several of it; else nothing."""
+    """Which seed a bare name was taken to mean (the first of the newest run), where the store has several; else nothing."""
     if home.meta(key)["name"] != name:
         return ""
     newest: dict[str, str] = {}
@@ -132,7 +132,7 @@ def newest_of(home: Store, name: str, key: str) -> str:
     if len(set(newest.values())) < 2 or not mine:
         return ""
     all_seeds = ", ".join(f"{name}@{s}" for s in sorted(newest, key=lambda s: (len(s), s)))
-    return f"{name}@{mine} (newest of {len(newest)} seeds: {all_seeds})"
+    return f"{name}@{mine} (one of {len(newest)} seeds: {all_seeds})"
 
 
 def edge(label: str, port: str, step: int | None) -> str:
