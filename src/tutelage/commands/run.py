@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tutelage.commands.report import show
 from tutelage.commands.shared import STORE, Cores, Seed, Seeds, Sets, Where, Which, chosen_recipe, console, planned
+from tutelage.spec import UserError
 
 if TYPE_CHECKING:
     from tutelage.graph import Plan
@@ -78,7 +80,9 @@ def _skipped(made: Plan, home: Store) -> list[str]:
     """One line for each stage that left rows of its files out."""
     lines = []
     for node in made.nodes.values():
-        found = home.meta(node.key)["facts"].get("skipped", {}) if home.has(node.key) else {}
+        found: dict[str, Any] = {}
+        with suppress(UserError):  # a damaged artifact is not this line's to tell
+            found = home.meta(node.key)["facts"].get("skipped", {}) if home.has(node.key) else {}
         if found.get("rows"):
             why = ", ".join(f"{reason}: {count}" for reason, count in found["reasons"].items())
             lines.append(f"{node.label} skipped {found['rows']} of {found['of']} rows ({why}); the first: {found['first'][0]}")
