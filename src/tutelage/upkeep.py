@@ -270,7 +270,7 @@ def survey(store: Store, kept: Iterable[str]) -> list[Item]:
         if folder.is_dir() and (key not in wanted or key in made) and not store.holder(key):
             items.append(Item("work", folder, names.get(key, key[:8]), 0))
     items += [Item("leftover", p, p.name, 0) for p in _leftovers(store, {i.path for i in items})]
-    items += [Item("lock", p, p.name, 0) for p in _locks(store)]
+    items += [Item("lock", p, p.name, 0) for p in _locks(store, wanted | set(kept))]
     return [replace(i, size=made[i.path.name].size if i.what == "artifact" else size(i.path)) for i in items]
 
 
@@ -311,12 +311,14 @@ def _of_the_dead(path: Path) -> bool:
     return False
 
 
-def _locks(store: Store) -> list[Path]:
-    """Files of locks on stages and runs that nobody holds, and notes beside them. Locks of other names are few, and stay."""
+def _locks(store: Store, wanted: set[str]) -> list[Path]:
+    """Files of locks that nobody holds on stages and runs that nobody wants, and notes beside them. Locks of other names are
+    few, and stay."""
     found = []
     for file in sorted((store.root / "locks").glob("*")):
         name = file.stem
-        if (re.fullmatch("[0-9a-f]{32}", name) or name.startswith("run.")) and not store.holder(name):
+        of_any = re.fullmatch("[0-9a-f]{32}", name) or name.startswith("run.")
+        if of_any and name.removeprefix("run.") not in wanted and not store.holder(name):
             found.append(file)
     return found
 

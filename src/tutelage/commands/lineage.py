@@ -192,9 +192,11 @@ def _details(meta: dict[str, Any], same: dict[str, Any]) -> Iterator[str]:
     tokens = meta.get("cost", {}).get("tokens", {})
     if tokens:
         yield "tokens " + ", ".join(f"{n:,} {what}" for what, n in tokens.items())
-    for where, value in settings(meta.get("record", {})).items():
+    changed = settings(meta.get("record", {}))
+    yield "spec, where it differs from the defaults:" if changed else "spec: all defaults"
+    for where, value in changed.items():
         text = value if isinstance(value, str) and value.isidentifier() else json.dumps(value, ensure_ascii=False)
-        yield f"{where} = {text if len(text) <= 160 else text[:159] + '…'}"
+        yield f"  {where} = {text if len(text) <= 160 else text[:159] + '…'}"
 
 
 def _same(of: Ancestry) -> dict[str, Any]:

@@ -41,6 +41,8 @@ def check_out(path: Path) -> None:
     try:
         if path.is_dir():
             why = "it is a folder"
+        elif path.suffix.lower() not in (".html", ".htm"):
+            why = "it is an HTML page"
         else:
             above = next(p for p in path.absolute().parents if p.exists())
             if not above.is_dir():
