@@ -1,6 +1,6 @@
 """What breaks things: JSON values of all kinds, edits of a document, edits of bytes, and how many examples are tried.
 
-Every test runs as many examples as a slow machine has time for, the same each time; under ``make test-long`` ten thousand
+Every test runs as many examples as a slow machine has time for, the same each time; under ``make test-long`` three thousand
 that differ (hypothesis prints how to see a failing one again). Leaves out: what must hold then (the tests beside).
 """
 
@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-LONG = 10_000
+LONG = 3_000
 """Under ``make test-long``."""
 DEEP = 1_000
 """Levels of nesting, which no parser that recurses survives."""
