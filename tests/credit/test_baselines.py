@@ -97,6 +97,25 @@ def test_maxrl_centred_is_that_of_one_term_less(n):
     torch.testing.assert_close(expected_gradient(MaxRL(), n), gradient_of(truncated_likelihood(n - 1)))
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_trap_dropped_groups_bias_the_weights_of_prompts(drop):
+    """E[1/R Σ Â ∇log π] over two prompts that are right with p and q, two replies each; R counts the replies that are kept.
+
+    With all of them it is the mean of ∇p and ∇q (MaxRL at n = 2 is RL), without it depends on the other prompt.
+    """
+    right = np.array([0.1, 0.8])
+    found = np.zeros(2)
+    for outcome in itertools.product((0.0, 1.0), repeat=4):
+        prompt = np.array([0, 0, 1, 1])
+        samples = [sample(str(k), r) for k, r in zip(prompt, outcome, strict=True)]
+        chance = math.prod(right[k] if r else 1 - right[k] for k, r in zip(prompt, outcome, strict=True))
+        kept = assign(MaxRL(drop_uniform=drop), samples)[0]
+        for s in kept:
+            k = int(s.group)
+            found[k] += chance * advantage(s) * (s.scalars["reward"] - right[k]) / len(kept)
+    assert np.allclose(found, right * (1 - right) / 2) != drop
+
+
 def test_the_series_goes_to_the_likelihood():
     exact = gradient_of(torch.log)
     apart = [(gradient_of(truncated_likelihood(n)) - exact).abs().max().item() for n in (1, 4, 16, 64)]

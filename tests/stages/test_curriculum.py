@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tutelage.stages.curriculum import EasyToHard, MovingGaussian, UniformDraw
+from tutelage.stages.curriculum import EasyToHard, MovingGaussian, Shuffled, UniformDraw
 
 RATES = np.round(np.random.default_rng(0).random(40) * 8) / 8  # many equal ones, as rates of 8 replies are
 
@@ -31,7 +31,7 @@ def test_easy_to_hard_begins_with_the_easiest_and_ends_with_the_hardest():
     assert means == sorted(means, reverse=True)
 
 
-@pytest.mark.parametrize("curriculum", [EasyToHard(), MovingGaussian(), UniformDraw()], ids=repr)
+@pytest.mark.parametrize("curriculum", [EasyToHard(), MovingGaussian(), UniformDraw(), Shuffled(of=EasyToHard())], ids=repr)
 def test_further_draws_of_a_step_ask_other_tasks(curriculum):
     drawn = [curriculum.pick(RATES, 10, 2, 5, 1, draw) for draw in range(4)]
     assert sorted(i for part in drawn for i in part) == list(range(40))
@@ -93,3 +93,18 @@ def test_draws_are_fixed_by_seed_and_step():
     assert draw(2, 1) == draw(2, 1)
     assert draw(2, 1) != draw(3, 1)
     assert draw(2, 1) != draw(2, 2)
+
+
+@pytest.mark.parametrize("of", [EasyToHard(), MovingGaussian()], ids=repr)
+def test_shuffled_asks_the_same_steps_in_another_order(of):
+    """The same batches, each once; over seeds, no place of the run is easier than another."""
+    ordered = [of.pick(RATES, 6, step, 12, seed=3) for step in range(12)]
+    control = [Shuffled(of=of).pick(RATES, 6, step, 12, seed=3) for step in range(12)]
+    assert control != ordered
+    assert sorted(control) == sorted(ordered)
+    places = np.array(
+        [[RATES[Shuffled(of=of).pick(RATES, 6, step, 12, seed)].mean() for step in (0, 11)] for seed in range(200)]
+    )
+    spread = places.std() / np.sqrt(200)
+    assert abs(places[:, 0].mean() - places[:, 1].mean()) < 4 * np.sqrt(2) * spread
+    assert abs(RATES[ordered[0]].mean() - RATES[ordered[-1]].mean()) > 20 * spread

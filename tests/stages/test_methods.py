@@ -3,7 +3,9 @@
 import inspect
 import json
 import re
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ import pytest
 from tests.stages.test_loops import refused, same, weights
 from tests.stages.toy import INIT, Types, make, rl
 from tutelage.context import Stopped
-from tutelage.credit.group import GroupRelative
+from tutelage.credit.group import GroupBaseline, GroupRelative
 from tutelage.credit.kl import Reference, ReplyKL
+from tutelage.credit.overlong import OverlongFilter
 from tutelage.envs.single import SingleTurn
 from tutelage.graph import Goals, from_record, key, record
 from tutelage.learn.optim import AdamW
@@ -23,6 +26,7 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec
 from tutelage.stages import methods
 from tutelage.stages.model import NewModel
+from tutelage.stages.online import _by_chance
 from tutelage.store import Store
 from tutelage.types import Score
 from tutelage.verify.base import Verifier
@@ -113,6 +117,11 @@ def test_the_settings_that_papers_give():
     assert (loss.clip_low, loss.clip_high, type(loss.kl), loss.kl.beta) == (0.2, 0.2, K3, 0.04)
 
 
+def test_groups_are_dropped_only_where_the_paper_drops_them():
+    rules = {name: [r for r in fields["credit"] if isinstance(r, GroupBaseline)] for name, fields in METHODS.items()}
+    assert {name for name, found in rules.items() if any(r.drop_uniform for r in found)} == {"DAPO", "OLMo 3"}
+
+
 # --- what the stage gives ---
 
 
@@ -151,6 +160,43 @@ def test_resampling_fills_the_batch_within_its_bound_and_pays_for_every_token(tm
     for m in full:  # exactly the batch asked for, whatever was over
         assert (1 - m["drawn_in_vain"]) * m["draws"] == pytest.approx(1)
     assert all(0 < m["informative_groups"] < 1 for m in found)
+
+
+def test_the_control_of_resampling_draws_the_same_and_keeps_as_many(tmp_path):
+    """One step: the same samples are drawn, as many are trained on, and some of those come from groups of equal rewards."""
+    store, one = Store(tmp_path / "s"), Sampling(max_new_tokens=1)
+    fields = {"credit": (GroupRelative(drop_uniform=False),), "loss": DAPO(), "resample": 3}
+    more = {"steps": 1, "sampling": one, "group": 16, "minibatches": 1}
+    mine, control = (bandit({**fields, "keep": keep}, Picky, **more) for keep in ("informative", "random"))
+    costs = [make(stage, store).cost.tokens for stage in (mine, control)]
+    assert costs[0] == costs[1]
+    a, b = (lines(store, stage)[0] for stage in (mine, control))
+    same_draws = ("draws", "drawn_in_vain", "informative_groups", "reward", "length")
+    assert [a[k] for k in same_draws] == [b[k] for k in same_draws]
+    assert a["draws"] > 1
+    assert not same(weights(store, mine), weights(store, control))
+
+
+def test_the_controls_choice_is_blind_and_even_within_each_domain():
+    drawn = [SimpleNamespace(group=f"{d}{i}", domain=d) for d, n in (("low", 6), ("high", 3)) for i in range(n) for _ in "ab"]
+    seen: Counter[str] = Counter()
+    for seed in range(600):
+        chosen = _by_chance(drawn, {"low": 2, "high": 0}, seed)
+        names = [group[0].group for group in chosen["low"]]
+        assert (names, chosen["high"]) == (sorted(set(names)), [])
+        assert [len(group) for group in chosen["low"]] == [2, 2]
+        seen.update(names)
+    assert all(abs(n - 200) < 4 * 11.6 for n in seen.values())  # √(600 · 1/3 · 2/3) = 11.5
+    assert len(seen) == 6
+
+
+def test_the_logged_reward_is_of_everything_drawn_whatever_credit_leaves_out(tmp_path):
+    store = Store(tmp_path / "s")
+    plain, left_out = (rl(credit=(*more, GroupRelative(drop_uniform=False)), steps=1) for more in ((), (OverlongFilter(),)))
+    make(plain, store)
+    make(left_out, store)
+    assert lines(store, left_out)[0]["overlong"] > 0
+    assert lines(store, left_out)[0]["reward"] == lines(store, plain)[0]["reward"]
 
 
 def test_a_step_in_vain_stops_at_the_bound_and_still_says_what_was_drawn(tmp_path):
@@ -243,6 +289,10 @@ def test_a_reference_with_another_tokenizer():
 
 def test_resampling_of_single_samples():
     refused(rl(resample=2, group=1), "resample", "group to 2")
+
+
+def test_a_control_of_resampling_without_resampling():
+    refused(rl(keep="random"), "keep is random, the control of resample, but resample is 0;")
 
 
 def test_a_kept_mask_without_top_p():

@@ -5,14 +5,15 @@ next ones. With n tasks, b of them a step, and t the share of the steps that is 
 
     EasyToHard        the b tasks from rank t(n − b) on, of the pool sorted from the highest rate to the lowest
     MovingGaussian    b draws without replacement, weights exp(−(rate − μ)² / 2σ²), μ = first + t(last − first)
-    UniformDraw       the same draws with equal weights: the control of MovingGaussian
+    UniformDraw       the same draws with equal weights: blind to difficulty
+    Shuffled          the steps of another curriculum in a random order: the same tasks as often, blind to the order
 
-Without a curriculum every task comes once before any comes again, in an order shuffled anew each time: the control of
-`EasyToHard`. Draws without replacement take the largest of log weight + Gumbel noise, which is drawing one after another
-in proportion to the weights (Kool et al., arXiv 1903.06059). The moving Gaussian is that of Nemotron 3 Nano (arXiv
-2512.20848, section 3.2.2): within each domain, the mean moves linearly towards harder tasks; its ends and its width are not
-published, and the defaults here are ours. There the batch's rates follow the Gaussian; here the pool's do, times
-the Gaussian.
+The last two are controls. `Shuffled` tells what the order is worth, `UniformDraw` (or no curriculum, where every task comes
+once before any comes again) what order and choice are worth together. Draws without replacement take the largest of log weight
++ Gumbel noise, which is drawing one after another in proportion to the weights (Kool et al., arXiv 1903.06059). The moving
+Gaussian is that of Nemotron 3 Nano (arXiv 2512.20848, section 3.2.2): within each domain, the mean moves linearly towards
+harder tasks; its ends and its width are not published, and the defaults here are ours. There the batch's rates follow the
+Gaussian; here the pool's do, times the Gaussian.
 
 Leaves out: rates that follow the policy, shares of the domains that move (they stay equal), and difficulty by level.
 """
@@ -86,3 +87,15 @@ class UniformDraw(Draws):
 
     def logits(self, rates: np.ndarray, done: float) -> np.ndarray:
         return 0.0 * rates
+
+
+class Shuffled(Curriculum):
+    """Another curriculum's steps in a random order, for each domain its own: the control of an order."""
+
+    of: Curriculum
+
+    def order(self, rates: np.ndarray, size: int, step: int, total: int, seed: int) -> np.ndarray:
+        import numpy as np
+
+        steps = np.random.default_rng([seed, total]).permutation(total)
+        return self.of.order(rates, size, int(steps[step]), total, seed)

@@ -2,11 +2,12 @@
 
 Each function returns what its paper fixes of ``credit``, ``loss`` and ``resample``, and takes what depends on the model or
 what a paper leaves open. Batch sizes, learning rates and steps are the recipe's. Those with a KL need the stage's
-``reference``. A field that a recipe wants otherwise is written over it: ``{**methods.glm5(), "resample": 3}``. Formulas,
+``reference``. Groups of equal rewards are dropped where the paper drops them (DAPO, OLMo 3); elsewhere they count in the
+divisor, and in KL. A field that a recipe wants otherwise is written over it: ``{**methods.glm5(), "resample": 3}``. Formulas,
 sources and where each number is from: docs/methods/.
 
-Leaves out: PPO (ppo.py), distillation (losses/distill.py), and what a method does to its data before a step (OLMo 3 and GLM-5 filter
-problems by difficulty: choose.py).
+Leaves out: PPO (ppo.py), distillation (losses/distill.py), and what a method does to its data before a step (OLMo 3 and GLM-5
+filter problems by difficulty: choose.py).
 """
 
 from __future__ import annotations
@@ -76,34 +77,34 @@ def dapo(length: int, cache: int, resample: int = AGAIN) -> Fields:
 
 def gspo() -> Fields:
     """GSPO (arXiv 2507.18071): one ratio a reply."""
-    return {"credit": (GroupRelative(),), "loss": GSPO()}
+    return {"credit": (GroupRelative(drop_uniform=False),), "loss": GSPO()}
 
 
 def gspo_token() -> Fields:
     """GSPO-token (arXiv 2507.18071): one ratio a reply, for advantages that differ by token."""
-    return {"credit": (GroupRelative(),), "loss": GSPOToken()}
+    return {"credit": (GroupRelative(drop_uniform=False),), "loss": GSPOToken()}
 
 
 def cispo() -> Fields:
     """CISPO (MiniMax-M1, arXiv 2506.13585): the clipped weight keeps its gradient."""
-    return {"credit": (GroupRelative(),), "loss": CISPO()}
+    return {"credit": (GroupRelative(drop_uniform=False),), "loss": CISPO()}
 
 
 def maxrl() -> Fields:
     """MaxRL (arXiv 2602.02710), Algorithm 1, for right-or-wrong rewards."""
-    return {"credit": (MaxRL(),), "loss": REINFORCE()}
+    return {"credit": (MaxRL(drop_uniform=False),), "loss": REINFORCE()}
 
 
 def kimi_k25(tau: float = 0.0) -> Fields:
     """Kimi K2.5 (arXiv 2602.02276, Eq. 1). ``tau`` and the band are not published."""
-    return {"credit": (GroupRelative(scale="none"),), "loss": Kimi(tau=tau)}
+    return {"credit": (GroupRelative(scale="none", drop_uniform=False),), "loss": Kimi(tau=tau)}
 
 
 def deepseek_v32(beta: float = 0.001, kept_mask: bool = False) -> Fields:
     """DeepSeek-V3.2 (arXiv 2512.02556): no std, unbiased KL, off-policy sequence mask; with top-p sampling the kept mask too.
     ``beta`` and δ are not published; ``beta`` is R1's."""
     loss = GRPO(kl=UnbiasedKL(beta=beta), correction=SequenceMask(), kept_mask=kept_mask)
-    return {"credit": (GroupRelative(scale="none"), Reference()), "loss": loss}
+    return {"credit": (GroupRelative(scale="none", drop_uniform=False), Reference()), "loss": loss}
 
 
 def olmo3(resample: int = AGAIN) -> Fields:
@@ -114,4 +115,5 @@ def olmo3(resample: int = AGAIN) -> Fields:
 
 def glm5() -> Fields:
     """GLM-5 (arXiv 2602.15763), reasoning RL: GRPO without KL, clip 0.2/0.28, IcePop with β = 2, so [1/2, 2]."""
-    return {"credit": (GroupRelative(),), "loss": GRPO(clip_high=0.28, correction=IcePop(low=0.5, high=2.0))}
+    loss = GRPO(clip_high=0.28, correction=IcePop(low=0.5, high=2.0))
+    return {"credit": (GroupRelative(drop_uniform=False),), "loss": loss}

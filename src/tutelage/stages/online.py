@@ -5,6 +5,7 @@ advantage, a teacher's log-probs), and takes one update per minibatch. What make
 ``loss`` alone; stages/methods.py has the published pairs. With ``teachers`` every domain has exactly one teacher, checked
 before any weight loads. ``resample`` is DAPO's dynamic sampling (arXiv 2503.14476, section 3.2): prompts are drawn until the
 batch is full of groups whose rewards differ, so many times at most; what was drawn in vain is paid for and logged.
+``keep="random"`` is its control: the same draws, and as many groups, chosen blind to their rewards.
 ``curriculum`` chooses the prompts by their pass rates; ``temperature`` moves that of the sampling, and of everything that is
 compared with it. Where ``health`` stops a stage, the policy is published as it is, with the verdict in the facts: a run
 that collapsed is a result too, and what does not depend on its quality, such as a table over seeds, stays whole. ``replay``
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -85,6 +86,8 @@ class Online(Stage):
     """samples a prompt"""
     resample: int = Field(0, ge=0)
     """further draws a step while groups whose rewards differ are fewer than ``prompts``; 0 takes what the first draw gives"""
+    keep: Literal["informative", "random"] = "informative"
+    """what `resample` trains on: the groups whose rewards differ, or as many of all it drew, by chance (its control)"""
     minibatches: int = Field(1, ge=1)
     """updates a step; more than one makes the later ones off-policy"""
     template: Template = Chat()
@@ -113,6 +116,10 @@ class Online(Stage):
         self._check_signals()
         if self.resample and self.group == 1:
             raise SpecError("resample looks for groups whose rewards differ, but group is 1; set group to 2 or more")
+        if self.keep == "random" and not self.resample:
+            raise SpecError(
+                "keep is random, the control of resample, but resample is 0; set resample as in the stage it is for"
+            )
         self._check_pacing(types)
         need_series(self.checkpoints, self.steps)
         if len(set(self.domains)) < len(self.domains):
@@ -279,11 +286,8 @@ class Loop:
             self._heat(stage.temperature.at(self.heat, step, stage.steps))
         drawn, chosen, filled = self._draw(step)
         self.policy.charge(ctx.cost)
-        metrics = _describe(drawn)
         trained, credited = self._assign(chosen)
-        metrics.update(credited)
-        if filled:
-            metrics |= _describe(drawn) | filled  # of everything drawn, not of what credit saw
+        metrics = credited | _describe(drawn) | filled  # of everything drawn, not of what credit saw
         metrics |= _parts(drawn, trained, stage.domains)
         if trained:
             metrics.update(self._update(trained, step))
@@ -381,8 +385,10 @@ class Loop:
             for sample in fresh:
                 sample.group += f"+{draws}"
             drawn, draws = drawn + fresh, draws + 1
-        chosen = [s for d in self.pools for group in full[d][: share[d]] for s in group]
         found = sum(map(len, full.values())) / len({s.group for s in drawn})
+        if stage.keep == "random":
+            full = _by_chance(drawn, {d: min(share[d], len(full[d])) for d in full}, seed)
+        chosen = [s for d in self.pools for group in full[d][: share[d]] for s in group]
         vain = 1 - len(chosen) / len(drawn)
         return drawn, chosen, {"draws": float(draws), "informative_groups": found, "drawn_in_vain": vain}
 
@@ -449,6 +455,19 @@ class Loop:
 
         teachers = self.credit_context.teachers
         return {"teacher_heads": tuple(s.head for s in distinct(teachers))} if teachers else {}
+
+
+def _by_chance(drawn: Sequence[Sample], counts: dict[str, int], seed: int) -> dict[str, list[list[Sample]]]:
+    """So many groups of each domain, without replacement and blind to their rewards, in the order they were drawn in."""
+    from random import Random
+
+    from tutelage.credit.group import groups
+
+    chosen = {}
+    for domain, count in counts.items():
+        mine = groups(s for s in drawn if s.domain == domain)
+        chosen[domain] = [mine[i] for i in sorted(Random(f"keep {seed} {domain}").sample(range(len(mine)), count))]
+    return chosen
 
 
 def _minibatches(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
