@@ -15,7 +15,7 @@ from tests.stages.toy import INIT, Types, make, rl
 from tutelage.context import Stopped
 from tutelage.credit.group import GroupBaseline, GroupRelative
 from tutelage.credit.kl import Reference, ReplyKL
-from tutelage.credit.overlong import OverlongFilter
+from tutelage.credit.overlong import OverlongFilter, SoftOverlong
 from tutelage.envs.single import SingleTurn
 from tutelage.graph import Goals, from_record, key, record
 from tutelage.learn.optim import AdamW
@@ -289,6 +289,13 @@ def test_a_reference_with_another_tokenizer():
 
 def test_resampling_of_single_samples():
     refused(rl(resample=2, group=1), "resample", "group to 2")
+
+
+def test_trap_shaping_after_the_baseline_would_do_nothing():
+    judged = "no rule after it judges them"
+    refused(rl(credit=(GroupRelative(), SoftOverlong(length=3, cache=1))), "SoftOverlong changes", judged)
+    late = (Reference(), GroupRelative(), ReplyKL(beta=0.1), SoftOverlong(length=3, cache=1))
+    refused(rl(credit=late, reference=INIT.out()), "ReplyKL changes", judged)
 
 
 def test_a_control_of_resampling_without_resampling():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from tutelage.losses.base import Metrics
 from tutelage.spec import Spec
@@ -41,6 +41,9 @@ class CreditContext:
 
 class Credit(Spec):
     """Base of all credit rules."""
+
+    shapes: ClassVar[bool] = False
+    """Whether it adds to what a later rule judges replies by, and so must stand before one."""
 
     def needs(self) -> frozenset[str]:
         """``reward`` and signals that must be there before."""

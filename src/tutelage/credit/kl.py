@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -52,6 +52,7 @@ class Reference(Credit):
 class ReplyKL(Credit):
     """Takes β·KL of the whole reply off what later rules judge by; the reward that is logged stays the verifier's."""
 
+    shapes: ClassVar[bool] = True
     beta: float = Field(gt=0)
     """β: reward a nat of log-ratio"""
 
@@ -70,6 +71,8 @@ class ReplyKL(Credit):
 
 class TokenKL(ReplyKL):
     """Takes β·KL of the rest of the reply off each token's ``advantage``."""
+
+    shapes: ClassVar[bool] = False
 
     def needs(self) -> frozenset[str]:
         return super().needs() | {"advantage"}

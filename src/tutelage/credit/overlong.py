@@ -14,6 +14,7 @@ Leaves out: length penalties among right answers (Kimi k1.5), budgets given in t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pydantic import Field, model_validator
 
@@ -26,6 +27,7 @@ from tutelage.types import Sample
 class SoftOverlong(Credit):
     """Adds the punishment to what later rules judge by; the reward that is logged stays the verifier's."""
 
+    shapes: ClassVar[bool] = True
     length: int = Field(ge=1)
     """L_max: the sampling's ``max_new_tokens``, usually"""
     cache: int = Field(ge=1)

@@ -173,9 +173,14 @@ class Online(Stage):
         have = set(self.brings)
         if self.sampling.top_p < 1 or self.sampling.top_k:
             have |= {"kept_logp", "kept"}
-        for rule in self.credit:
+        for i, rule in enumerate(self.credit):
             _need(rule.kind(), rule.needs() - have)
             have |= rule.gives()
+            if rule.shapes and not any("reward" in r.needs() and "advantage" in r.gives() for r in self.credit[i + 1 :]):
+                raise SpecError(
+                    f"{rule.kind()} changes what replies are judged by, but no rule after it judges them; put it before the "
+                    "baseline, such as credit.group.GroupRelative"
+                )
         _need(self.loss.kind(), self.loss.needs() - have - {AT_START})
         if bool(self.reference) != ("ref_logp" in have):
             raise SpecError(
