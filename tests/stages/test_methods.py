@@ -26,7 +26,7 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec
 from tutelage.stages import methods
 from tutelage.stages.model import NewModel
-from tutelage.stages.online import _by_chance
+from tutelage.stages.online import _by_chance, _minibatches
 from tutelage.store import Store
 from tutelage.types import Score
 from tutelage.verify.base import Verifier
@@ -175,6 +175,26 @@ def test_the_control_of_resampling_draws_the_same_and_keeps_as_many(tmp_path):
     assert [a[k] for k in same_draws] == [b[k] for k in same_draws]
     assert a["draws"] > 1
     assert not same(weights(store, mine), weights(store, control))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("counts", [{"low": 12}, {"low": 8, "high": 4}, {"low": 1, "high": 1}, {"low": 3, "high": 7}])
+def test_minibatches_are_whole_groups_and_mix_the_domains(counts, parts):
+    """Each holds its share of every domain, to within a group: else a later one, off policy, would be one domain's alone."""
+    drawn = [SimpleNamespace(group=f"{d}{i}", domain=d) for d, n in counts.items() for i in range(n) for _ in "ab"]
+    dealt = _minibatches(drawn, parts)
+    assert len(dealt) == min(parts, sum(counts.values()))
+    assert sorted(map(id, drawn)) == sorted(id(s) for part in dealt for s in part)
+    names = [[s.group for s in part] for part in dealt]
+    assert all(Counter(part)[name] == 2 for part in names for name in part)
+    sizes = [len(part) for part in dealt]
+    assert max(sizes) - min(sizes) <= 2
+    for domain, n in counts.items():
+        have = [sum(s.domain == domain for s in part) / 2 for part in dealt]
+        share = n / sum(counts.values())
+        assert all(abs(x - share * size / 2) <= 1 for x, size in zip(have, sizes, strict=True))
+    if len(counts) == 1 or parts == 1:
+        assert [s for part in dealt for s in part] == drawn
 
 
 def test_the_controls_choice_is_blind_and_even_within_each_domain():

@@ -116,6 +116,12 @@ def test_trials_raise_the_temperature_and_are_on_no_budget(tmp_path):
     assert ctx.cost.tokens["prefilled"] == 4 * 4 * 3 * 3
 
 
+def test_no_trial_follows_the_last_step(tmp_path):
+    store, stage = Store(tmp_path / "s"), rl(temperature=plateau(loss=1.0), steps=2)
+    assert "development_tokens" not in make(stage, store).facts
+    assert not [k for m in lines(store, stage) for k in m if k.startswith("dev/")]
+
+
 # --- curriculum ---
 
 

@@ -56,7 +56,7 @@ class Online(Stage):
     brings: ClassVar[frozenset[str]] = SAMPLED
     """Signals that are there before the credit rules."""
     verb: ClassVar[str] = "trains on its own samples"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     model: At
     tasks: At
@@ -300,8 +300,9 @@ class Loop:
         metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
         if stage.temperature:
             metrics["temperature"] = self.driver.sampling.scored_at
-            self.heat, tried = stage.temperature.after(self.heat, metrics["reward"], lambda t: self._trial(t, step + 1))
-            metrics |= tried
+            if step + 1 < stage.steps:  # a trial after the last step would be for nothing
+                self.heat, tried = stage.temperature.after(self.heat, metrics["reward"], lambda t: self._trial(t, step + 1))
+                metrics |= tried
         verdict = self._judge(metrics)
         ctx.log(step + 1, **metrics)
         shown: dict[str, Any] = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
@@ -476,15 +477,17 @@ def _by_chance(drawn: Sequence[Sample], counts: dict[str, int], seed: int) -> di
 
 
 def _minibatches(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    """Whole groups dealt out in order; never more parts than groups."""
+    """Whole groups in order, every domain's spread evenly over the parts; never more parts than groups."""
     import numpy as np
 
-    groups: dict[str, list[Sample]] = {}
-    for s in samples:
-        groups.setdefault(s.group, []).append(s)
-    shares = np.array_split(np.arange(len(groups)), min(parts, len(groups)))
-    listed = list(groups.values())
-    return [[s for g in share for s in listed[g]] for share in shares]
+    from tutelage.credit.group import groups
+
+    listed, place = groups(samples), {}
+    for domain in {group[0].domain for group in listed}:
+        mine = [g for g, group in enumerate(listed) if group[0].domain == domain]
+        place.update({g: (i + 0.5) / len(mine) for i, g in enumerate(mine)})
+    shares = np.array_split(sorted(place, key=lambda g: (place[g], g)), min(parts, len(listed)))
+    return [[s for g in sorted(share) for s in listed[g]] for share in shares]
 
 
 def _widen(samples: Sequence[Sample]) -> None:
