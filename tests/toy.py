@@ -232,7 +232,7 @@ class Fat(Stage):
         while step < self.steps:
             step += 1
             ctx.log(step, value=step)
-            ctx.boundary(step, lambda folder: self.write(folder / "state", step))
+            ctx.boundary(step, lambda folder, step=step: self.write(folder / "state", step))
         self.write(ctx.output("data") / "all", step)
 
     def write(self, file: Path, step: int) -> None:

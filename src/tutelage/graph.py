@@ -47,7 +47,7 @@ class ModelType:
     vocab: int
     head: Literal["causal", "score", "value"] = "causal"
     base_key: str = ""
-    """Of an adapter, its base: KEY/PORT of the stage that made it, @STEP for a checkpoint. Of an import, the folder's content."""
+    """Of an adapter, its base: KEY/PORT of its stage, @STEP for a checkpoint; of an import, the folder's content."""
     adapter: bool = False
     """Whether it is the adapter alone; ``params`` and ``vocab`` are then its base's."""
     checkpoints: tuple[int, ...] = ()

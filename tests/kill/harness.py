@@ -87,9 +87,9 @@ def forks(begin: Callable[[str], None]) -> Iterator[None]:
     """Workers are forks, and call ``begin`` with a stage's key before they touch its files."""
     popen, version, lock = runner.subprocess, runner.code_version, Store.lock
 
-    def locked(self: Store, mine: str, *more: Any) -> Any:
+    def locked(self: Store, mine: str, *more: Any, **named: Any) -> Any:
         begin(mine)
-        return lock(self, mine, *more)
+        return lock(self, mine, *more, **named)
 
     runner.subprocess = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE)  # type: ignore[assignment]
     runner.code_version = lambda: "killed"

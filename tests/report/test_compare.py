@@ -239,7 +239,10 @@ def test_a_row_may_measure_another_stage_in_each_domain(tmp_path):
         rows["own"] = {d: rows[f"specialist {d}"][d] for d in ("sort", "reverse")}
     store.save_run("quickstart-1", body)
     found = compare.scores(store, side_of_row(store, "quickstart-1", "sft"), side_of_row(store, "quickstart-1", "own"))
-    assert [(r["domain"], [s["seed"] for s in r["seeds"]["b"]]) for r in found["rows"]] == [("reverse", [0, 1]), ("sort", [0, 1])]
+    assert [(r["domain"], [s["seed"] for s in r["seeds"]["b"]]) for r in found["rows"]] == [
+        ("reverse", [0, 1]),
+        ("sort", [0, 1]),
+    ]
 
 
 def test_artifacts_are_compared_by_the_evaluations_that_read_them(tmp_path):
