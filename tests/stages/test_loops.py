@@ -10,6 +10,7 @@ from tests.stages.toy import DATA, ENV, INIT, SHORT, Types, make, rl
 from tutelage.context import Stopped
 from tutelage.credit.group import GroupRelative
 from tutelage.credit.teacher import Teacher
+from tutelage.envs.single import SingleTurn
 from tutelage.graph import key
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
@@ -23,6 +24,7 @@ from tutelage.store import Store
 from tutelage.text.scores import read_scores
 from tutelage.text.template import Document
 from tutelage.text.tokenizer import character_tokenizer
+from tutelage.verify.base import Verifier
 
 
 def fit(**more):
@@ -257,3 +259,17 @@ def test_a_plan_knows_tokens_and_template_without_making_them(tmp_path):
     from tutelage.model.headers import folder_params
 
     assert promised.params == matmul_params(load_model(folder)) == folder_params(folder)
+
+
+class Broken(Verifier):
+    """Fails on every reply."""
+
+    async def __call__(self, task, reply, ctx=None):
+        raise RuntimeError("no scorer today")
+
+
+def test_a_step_whose_verifier_fails_on_every_reply_has_no_reward(tmp_path):
+    stage, store = rl(env=SingleTurn(verifier=Broken()), steps=2), Store(tmp_path / "s")
+    make(stage, store)
+    lines = store.metrics(key(stage))
+    assert [(line["reward"], line["verifier_errors"]) for line in lines] == [(None, 1.0)] * 2

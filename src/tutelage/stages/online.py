@@ -17,6 +17,7 @@ Leaves out: asynchronous rollouts, several policies in one stage.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -530,4 +531,5 @@ def _parts(drawn: Sequence[Sample], trained: Sequence[Sample], domains: Sequence
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+    """NaN of nothing: a step whose every verifier failed has no reward, not a reward of 0."""
+    return sum(values) / len(values) if values else math.nan
