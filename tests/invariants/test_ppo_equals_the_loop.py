@@ -1,6 +1,7 @@
 """PPO-ptx on one page, one sequence at a time and nothing packed: what `PPO` with a replay must be equal to, both models."""
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -70,14 +71,14 @@ def replay_loss(model, documents, update):
         (-PTX * logps(model, ids, 1).sum() / total).backward()
 
 
-def train(model, ref, value, tokenizer, tasks, documents):
+def train(model, ref, value, tokenizer, tasks, documents, epochs):
     ours, theirs = ([torch.optim.AdamW(m.parameters(), FAST.lr, FAST.betas, FAST.eps, 0.0), m] for m in (model, value))
     for step in range(STEPS):
         rollouts = draw(model, ref, value, tokenizer, tasks, step)
         half = PROMPTS * GROUP // 2
-        for i, part in enumerate((rollouts[:half], rollouts[half:])):
+        for i, part in enumerate([rollouts[:half], rollouts[half:]] * epochs):
             policy_loss(model, part)
-            replay_loss(model, documents, step * 2 + i)
+            replay_loss(model, documents, step * 2 * epochs + i)
             value_loss(value, part)
             for optimizer, m in (ours, theirs):
                 torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
@@ -85,7 +86,8 @@ def train(model, ref, value, tokenizer, tasks, documents):
                 optimizer.zero_grad()
 
 
-def test_ppo_equals_the_loop(tmp_path):
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_ppo_equals_the_loop(tmp_path, epochs):
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
     from tutelage.credit.gae import GAE
@@ -95,7 +97,7 @@ def test_ppo_equals_the_loop(tmp_path):
     store = Store(tmp_path / "s")
     plain = rl()
     same = {"model": plain.model, "tasks": plain.tasks, "domains": plain.domains, "env": plain.env, "sampling": plain.sampling}
-    small = {"steps": STEPS, "prompts": PROMPTS, "group": GROUP, "minibatches": 2, "seed": SEED}
+    small = {"steps": STEPS, "prompts": PROMPTS, "group": GROUP, "epochs": epochs, "minibatches": 2, "seed": SEED}
     fast = {"optimizer": FAST, "value_optimizer": FAST}
     stage = PPO(
         **{**same, **small, **fast, "name": "ppo", "value": INIT.out(), "reference": INIT.out()},
@@ -115,7 +117,7 @@ def test_ppo_equals_the_loop(tmp_path):
     tasks = [t for t in read_tasks(rows) if t.domain == "low"]
     ends = [tokenizer.eos_token_id]
     documents = [ends + tokenizer(r["text"], add_special_tokens=False)["input_ids"] + ends for r in read_rows(rows)]
-    train(model, ref, value, tokenizer, tasks, documents)
+    train(model, ref, value, tokenizer, tasks, documents, epochs)
     for port, theirs in (("policy", model.state_dict()), ("value", value.state_dict())):
         mine = load_file(store.path(key(stage), port) / "model.safetensors")
         moved = max(float((mine[n] - before[port][n]).abs().max()) for n in mine)

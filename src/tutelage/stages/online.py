@@ -89,6 +89,8 @@ class Online(Stage):
     """further draws a step while groups whose rewards differ are fewer than ``prompts``; 0 takes what the first draw gives"""
     keep: Literal["informative", "random"] = "informative"
     """what `resample` trains on: the groups whose rewards differ, or as many of all it drew, by chance (its control)"""
+    epochs: int = Field(1, ge=1)
+    """passes over a step's samples (the K of PPO, arXiv 1707.06347); more than one makes the later ones off-policy"""
     minibatches: int = Field(1, ge=1)
     """updates a step; more than one makes the later ones off-policy"""
     template: Template = Chat()
@@ -197,7 +199,7 @@ class Online(Stage):
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
-        learns = 4.0 if self.adapter else 6.0
+        learns = (4.0 if self.adapter else 6.0) * self.epochs
         each = 2.0 + learns + (2.0 if AT_START in self.loss.needs() else 0.0)
         own = need_model(types, self.model).params * (
             each * tokens + learns * replay_tokens(self.replay, self.steps * self.minibatches)
@@ -434,7 +436,7 @@ class Loop:
         return samples, found
 
     def _update(self, samples: list[Sample], step: int) -> dict[str, float]:
-        """One pass over the samples in whole groups; the metrics of its first minibatch, which is on-policy."""
+        """``epochs`` passes over the samples in whole groups; the metrics of the first minibatch, which is on-policy."""
         stage, temperature = self.stage, self.driver.sampling.scored_at
         if AT_START in stage.loss.needs():
             for sample, signal in zip(samples, self.learner.score(samples, temperature, "logp"), strict=True):
@@ -443,8 +445,8 @@ class Loop:
         if self.driver.sets:
             _widen(samples)
         first: dict[str, float] = {}
-        for number, part in enumerate(_minibatches(samples, stage.minibatches)):
-            metrics = self._learn(part, step, step * stage.minibatches + number)
+        for number, part in enumerate(_minibatches(samples, stage.minibatches) * stage.epochs):
+            metrics = self._learn(part, step, step * stage.minibatches * stage.epochs + number)
             first = first or metrics
         return first
 

@@ -8,7 +8,7 @@ clip 0.2, one pass over the samples. Advantages are whitened over the step's tok
 
 The value model is published as the port ``value``: an ordinary folder, from which a later stage can go on.
 
-Leaves out: a body shared by policy and value model, several passes over a step's samples, an adaptive β.
+Leaves out: a body shared by policy and value model, an adaptive β.
 """
 
 from __future__ import annotations
