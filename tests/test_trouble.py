@@ -137,7 +137,7 @@ def test_a_read_only_store_can_be_read_and_refuses_a_run(tmp_path):
         {TUTELAGE} lineage fat --store disk/store
         {TUTELAGE} store list --store disk/store
         {TUTELAGE} store verify --store disk/store
-        {TUTELAGE} store gc --yes --store disk/store
+        {TUTELAGE} store gc --forget fat-1 --yes --store disk/store
         {TUTELAGE} run r.json --store disk/other
     """
     made, _, refused, *read, freed, other = on_a_disk(tmp_path, "32m", script)
