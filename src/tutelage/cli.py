@@ -9,6 +9,7 @@ Leaves out: the commands themselves (commands/); catalog.py finds recipes, run.p
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -55,6 +56,7 @@ def _text(words: list[str]) -> None:
 
 def main() -> NoReturn:
     """Runs the command line and exits."""
+    gc.set_threshold(200_000, 50, 50)  # plans and lists are many small objects that live to the end
     try:
         _text(sys.argv[1:])
         app()
