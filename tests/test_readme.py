@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -214,3 +215,11 @@ def test_a_pytorch_given_by_hand_stays_and_another_is_installed_again(tmp_path):
 def test_the_suites_do_not_overlap():
     assert "-m 'not long and not gpu'" in made("test")
     assert "-m 'long and not gpu'" in made("test-long")
+
+
+def test_a_studys_tables_are_those_of_its_json():
+    tables = runpy.run_path(str(ROOT / "docs" / "results" / "tables.py"))
+    pages = [p for p in (ROOT / "docs" / "results").glob("*.md") if "<!-- end -->" in p.read_text("utf-8")]
+    assert pages
+    for page in pages:
+        assert tables["filled"](page) == page.read_text("utf-8"), f"python docs/results/tables.py write {page.name}"

@@ -10,6 +10,7 @@ against the baseline row. A page holds ``<!-- accuracy -->``, ``<!-- paired -->`
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.report import compare, data, stats
+from tutelage.spec import UserError
 from tutelage.store import Store
 
 WATCHED = ("reward", "entropy", "temperature", "length", "informative_groups")
@@ -85,17 +87,32 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-def write(page: Path) -> None:
+def filled(page: Path) -> str:
+    """The page with the tables that its JSON gives."""
     of = json.loads(page.with_suffix(".json").read_text("utf-8"))
     text = page.read_text("utf-8")
     for name, make in (("accuracy", accuracy), ("paired", paired), ("training", training)):
         fresh = f"<!-- {name} -->\n\n{make(of)}\n\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, fresh=fresh: fresh, text, flags=re.DOTALL)
-    page.write_text(text, "utf-8")
+    return text
+
+
+def main() -> None:
+    asked = argparse.ArgumentParser(description="A study's numbers as JSON, and its page's tables from that JSON.")
+    do = asked.add_subparsers(dest="do", required=True)
+    collecting = do.add_parser("collect", help="print the JSON of a run")
+    for word in ("store", "run", "baseline"):
+        collecting.add_argument(word)
+    do.add_parser("write", help="fill a page").add_argument("page", type=Path)
+    given = asked.parse_args()
+    try:
+        if given.do == "collect":
+            json.dump(collect(Store(given.store, create=False), given.run, given.baseline), sys.stdout, indent=1)
+        else:
+            given.page.write_text(filled(given.page), "utf-8")
+    except (UserError, OSError) as error:
+        asked.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "collect":
-        json.dump(collect(Store(sys.argv[2], create=False), *sys.argv[3:5]), sys.stdout, indent=1)
-    else:
-        write(Path(sys.argv[2]))
+    main()
