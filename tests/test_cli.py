@@ -77,6 +77,7 @@ MISTAKES = [
     (("plan", "branches.py", "--seed", "-1"), "--seed"),
     (("report",), "there is no store in store; give --store DIR"),
     (("lineage", "x"), "there is no store in store"),
+    (("plan", "studies/temperature", "--set", 'domains=["sun"]'), "unknown domain 'sun'; did you mean 'sum'?"),
     (("run", "small.json", "--store", "."), "neither empty nor a store"),
     (("run", "small.json", "--cores", "0"), "--cores"),
     (("plan", "small.json", "--store", "."), "neither empty nor a store"),

@@ -16,6 +16,7 @@ from tutelage.learn.optim import AdamW, Muon, Schedule
 from tutelage.losses.distill import FullReverseKL
 from tutelage.losses.policy import DAPO
 from tutelage.rollout.base import Sampling
+from tutelage.spec import SpecError, suggest
 from tutelage.stages.evaluate import Evaluate
 from tutelage.stages.fit import Fit, Selection
 from tutelage.stages.majority import Majority
@@ -120,6 +121,8 @@ def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
 
 def specialist(domain: str, tasks: TaskSplits, sft: Stage, **changes: Any) -> Online:
     """RLVR on one domain: GRPO's group-relative advantage, DAPO's token-level loss and filter, no KL; with other fields."""
+    if domain not in CLIMB:
+        raise SpecError(f"unknown domain {domain!r}{suggest(domain, CLIMB)}")
     fields: dict[str, Any] = {
         "name": f"rl-{domain}",
         "credit": (GroupRelative(),),
