@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 
@@ -56,6 +57,28 @@ def test_edges_know_the_path_of_their_field():
     table = graph.Table(rows={"x": {"a": toy.Judge(name="j", policy=base.out()).out()}}, before="x", after="x", teachers={})
     assert [p for p, _ in inputs(toy.Count(name="c", source=data.out(), start=base.out()))] == ["source", "start"]
     assert [p for p, _ in graph.edges(table)] == ["rows.x.a"]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"before": "lft"}, "table.before names row 'lft', which the table does not have; did you mean 'left'?"),
+        (
+            {"methods": ("left", "rihgt")},
+            "table.methods.1 names row 'rihgt', which the table does not have; did you mean 'right'?",
+        ),
+        ({"methods": ("left",)}, "table.methods does not name the table's after, 'right'"),
+        ({"methods": ("right", "left", "right")}, "table.methods names row 'right' twice"),
+        ({"teachers": {"b": "left"}}, "table.teachers names domain 'b', which no row has"),
+    ],
+)
+def test_a_table_that_names_what_it_does_not_have_is_refused(names, said):
+    goals = toy.small()
+    rows = {"left": {"a": goals.stages[0]}, "right": {"a": goals.stages[1]}}
+    whole = {"rows": rows, "after": "right", "methods": ("left", "right")}
+    assert plan([goals.model_copy(update={"table": graph.Table(**whole)})], NOTHING).todo
+    with pytest.raises(SpecError, match=re.escape(said)):
+        plan([goals.model_copy(update={"table": graph.Table(**{**whole, **names})})], NOTHING)
 
 
 # --- keys ----------------------------------------------------------------------------------------------------------------

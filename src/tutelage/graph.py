@@ -130,6 +130,8 @@ class Table(Spec):
     """domain -> the row of its teacher."""
     controls: tuple[str, ...] = ()
     """Rows that are controls."""
+    methods: tuple[str, ...] = ()
+    """Rows that consolidate the same teachers in other ways, in display order; ``after``, one of them, is the reference."""
     sources: dict[str, At] = {}
     """row -> the checkpoint it measures; what names the column's stage and parent."""
 
@@ -371,10 +373,11 @@ def plan(goals: Sequence[Goals], has: Callable[[str], bool]) -> Plan:
 
 
 def _check_table(table: Table) -> None:
-    """Raises `SpecError` where the table names a row or a domain that it does not have."""
+    """Raises `SpecError` where the table names a row or a domain that it does not have, or methods without a reference."""
     named = {where: row for where, row in (("before", table.before), ("after", table.after)) if row}
     named |= {f"teachers.{d}": row for d, row in table.teachers.items()}
     named |= {f"controls.{i}": row for i, row in enumerate(table.controls)} | {f"sources.{r}": r for r in table.sources}
+    named |= {f"methods.{i}": row for i, row in enumerate(table.methods)}
     for where, row in named.items():
         if row not in table.rows:
             raise SpecError(f"table.{where} names row {row!r}, which the table does not have{suggest(row, table.rows)}")
@@ -382,6 +385,13 @@ def _check_table(table: Table) -> None:
     for domain in table.teachers:
         if domain not in domains:
             raise SpecError(f"table.teachers names domain {domain!r}, which no row has{suggest(domain, domains)}")
+    if table.methods and table.after not in table.methods:
+        raise SpecError(
+            f"table.methods does not name the table's after, {table.after!r}; the other methods are measured against it"
+        )
+    for row in table.methods:
+        if table.methods.count(row) > 1:
+            raise SpecError(f"table.methods names row {row!r} twice; name it once")
 
 
 def _label(made: Plan) -> None:
