@@ -68,6 +68,12 @@ class SampledReverseKL(Loss):
         return ratio.where(kept, 0.0), kept
 
 
+class TokenReverseKL(SampledReverseKL):
+    """The same, every token of the batch counting alike, as `FullReverseKL` counts them: long replies weigh more."""
+
+    per: ClassVar[Literal["tokens", "rows"]] = "tokens"
+
+
 class FullReverseKL(Loss):
     """Exact reverse KL at every trained token.
 

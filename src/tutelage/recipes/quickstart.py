@@ -17,6 +17,7 @@ from tutelage.losses.distill import FullReverseKL
 from tutelage.losses.policy import DAPO
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, suggest
+from tutelage.stages.budget import Budget
 from tutelage.stages.evaluate import Evaluate
 from tutelage.stages.fit import Fit, Selection
 from tutelage.stages.majority import Majority
@@ -75,7 +76,7 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
         optimizer=AdamW(lr=1e-3),
         schedule=Schedule(warmup=5),
         steps=100_000,
-        budget=tuple(stage.out() for stage in specialists.values()),
+        budget=Budget(of=tuple(stage.out() for stage in specialists.values())),
         select=Selection(tasks=tasks.out("dev"), env=SOLVED, every=100, limit=125, patience=8, sampling=GREEDY),
         seed=seed,
     )

@@ -1,14 +1,15 @@
 """Fit: the offline loop. Batches come from a dataset: pretraining on documents, SFT on worked answers.
 
 With a `Selection` it measures itself on development tasks as it goes, keeps its best checkpoint and stops where nothing
-improves any more. With a ``budget`` it trains until it has spent what the named stages spent (algorithmic FLOPs), so that
-a control is given exactly the compute of what it is compared with; development trials are not counted against it.
+improves any more. With a ``budget`` it trains until it has spent what the named stages spent (budget.py), so that a control
+is given exactly the compute of what it is compared with.
 
 Leaves out: preference losses (pairs) and mixtures of datasets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,6 +24,7 @@ from tutelage.losses.nll import NLL
 from tutelage.model.lora import Adapter
 from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec, SpecError, UserError
+from tutelage.stages.budget import Budget, foreseen
 from tutelage.stages.evaluate import need_domain, need_model
 from tutelage.text.template import Chat, Document, Template
 from tutelage.types import Sample
@@ -66,8 +68,8 @@ class Fit(Stage):
     steps: int = Field(100, ge=1)
     rows: int = Field(64, ge=1)
     """the global batch"""
-    budget: tuple[At, ...] = ()
-    """Stages whose FLOPs together bound this one; ``steps`` bounds it still."""
+    budget: Budget | None = None
+    """Compute that bounds this stage; ``steps`` bounds it still."""
     select: Selection | None = None
     checkpoints: tuple[int, ...] = ()
     """Steps kept as a series that edges may name."""
@@ -84,8 +86,8 @@ class Fit(Stage):
         missing = self.loss.needs() - set(data.signals)
         if missing:
             raise SpecError(f"loss {self.loss.kind()} needs signals that the data lacks: {', '.join(sorted(missing))}")
-        for at in self.budget:
-            types(at)
+        if self.budget:
+            self.budget.check(types)
         from dataclasses import replace
 
         trained = trained_type(model, self.model, self.adapter, self.optimizer)
@@ -93,7 +95,7 @@ class Fit(Stage):
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         if self.budget:
-            return sum(at.of.estimate(types) for at in self.budget)
+            return self.budget.estimate(types)
         each = 4.0 if self.adapter else 6.0
         return each * need_model(types, self.model).params * self.steps * self.rows * TOKENS_GUESS
 
@@ -172,7 +174,7 @@ class _Fitting:
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.samples = examples(ctx, stage.data, stage.template, self.policy.tokenizer)
-        self.allowed = sum(ctx.input_meta(at)["cost"]["flops"] for at in stage.budget) if stage.budget else float("inf")
+        self.allowed = stage.budget.allowed(ctx) if stage.budget else math.inf
         self.best: dict[str, Any] = {"score": -1.0, "step": 0}
         if stage.select:
             found: dict[str, list[Any]] = {}
@@ -210,13 +212,11 @@ class _Fitting:
         stage, ctx = self.stage, self.ctx
         rows = [self.samples[i] for i in batch_order(len(self.samples), stage.rows, step, stage.seed)]
         metrics = self.learner.forward_backward(rows, stage.loss)
-        metrics |= self.learner.step(stage.schedule.factor(step, stage.steps))
+        metrics |= self.learner.step(stage.schedule.factor(step, foreseen(step, stage.steps, ctx.cost.flops, self.allowed)))
         tokens = sum(len(r.tokens) for r in rows)
         self.policy.charge_training(ctx.cost, tokens)
         ctx.log(step + 1, **metrics)
-        total = stage.steps
-        if stage.budget:
-            total = min(total, round((step + 1) * self.allowed / ctx.cost.flops))
+        total = foreseen(step + 1, stage.steps, ctx.cost.flops, self.allowed)
         ctx.progress(step + 1, total, loss=metrics["loss"])
 
     def _stale(self, step: int) -> bool:

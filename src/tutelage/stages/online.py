@@ -9,7 +9,9 @@ batch is full of groups whose rewards differ, so many times at most; what was dr
 ``curriculum`` chooses the prompts by their pass rates; ``temperature`` moves that of the sampling, and of everything that is
 compared with it. Where ``health`` stops a stage, the policy is published as it is, with the verdict in the facts: a run
 that collapsed is a result too, and what does not depend on its quality, such as a table over seeds, stays whole. ``replay``
-and ``weights`` are mixtures (mixture.py). What `PPO` adds hangs on `Loop`'s methods (ppo.py).
+and ``weights`` are mixtures (mixture.py). ``balance`` gives every domain's mean loss the same weight in an update: where all
+tokens count alike, domains with long replies drown the others (Open-MOPD, arXiv 2608.19098). What `PPO` adds hangs on
+`Loop`'s methods (ppo.py).
 
 Leaves out: asynchronous rollouts, several policies in one stage.
 """
@@ -34,6 +36,7 @@ from tutelage.losses.base import Loss
 from tutelage.model.lora import Adapter
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError, suggest
+from tutelage.stages.budget import Budget, foreseen
 from tutelage.stages.curriculum import Curriculum
 from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
 from tutelage.stages.fit import need_series, run_order, trained_type
@@ -81,6 +84,8 @@ class Online(Stage):
     clip: float = Field(1.0, ge=0)
     """bound on the gradient's norm; 0 does not bound it"""
     steps: int = Field(100, ge=1)
+    budget: Budget | None = None
+    """Compute that bounds this stage; ``steps`` bounds it still."""
     prompts: int = Field(16, ge=1)
     """prompts a step, all domains together"""
     group: int = Field(8, ge=1)
@@ -93,6 +98,8 @@ class Online(Stage):
     """passes over a step's samples (the K of PPO, arXiv 1707.06347); more than one makes the later ones off-policy"""
     minibatches: int = Field(1, ge=1)
     """updates a step; more than one makes the later ones off-policy"""
+    balance: bool = False
+    """Whether the loss is the mean of the domains' means instead of the mean over all their tokens (or rows)."""
     template: Template = Chat()
     sampling: Sampling = Sampling()
     temperature: TemperatureSchedule | None = None
@@ -124,7 +131,9 @@ class Online(Stage):
                 "keep is random, the control of resample, but resample is 0; set resample as in the stage it is for"
             )
         self._check_pacing(types)
-        need_series(self.checkpoints, self.steps)
+        if self.budget:
+            self.budget.check(types)
+        need_series(self.checkpoints, self.steps, ends_early=bool(self.budget))
         if len(set(self.domains)) < len(self.domains):
             raise SpecError(f"domains names one twice: {', '.join(self.domains)}")
         need_weights(self.weights, self.domains, self.prompts)
@@ -198,6 +207,8 @@ class Online(Stage):
             raise SpecError("teachers are given, but no credit rule asks them; add credit.teacher.Teacher or leave them out")
 
     def estimate(self, types: Callable[[At], Type]) -> float:
+        if self.budget:
+            return self.budget.estimate(types)
         tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
         learns = (4.0 if self.adapter else 6.0) * self.epochs
         each = 2.0 + learns + (2.0 if AT_START in self.loss.needs() else 0.0)
@@ -246,6 +257,9 @@ class Loop:
         self.heat = stage.temperature.begin(stage.sampling.temperature) if stage.temperature else {}
         self.development = self._development(stage.temperature) if isinstance(stage.temperature, RaiseOnPlateau) else {}
         self.history: list[Step] = []
+        self.allowed = stage.budget.allowed(ctx) if stage.budget else math.inf
+        self.total = stage.steps
+        """steps in all, as far as it can be foreseen"""
         self.replays = Replays(stage.replay, ctx, self.policy.tokenizer, stage.seed)
         self._sharing = shares([stage.weights.get(d, 1.0) for d in self.pools], stage.prompts)
         self._shared = [[0] * len(self.pools)]  # prompts of each domain before step 0, 1, ...
@@ -261,7 +275,7 @@ class Loop:
         if folder:
             state = torch.load(folder / "state.pt")
             self._restore(state)
-        while step < stage.steps:
+        while step < stage.steps and ctx.cost.flops < self.allowed:
             verdict = self._step(step)
             step += 1
             if self._ends(step, verdict):
@@ -269,6 +283,8 @@ class Loop:
             if step in stage.checkpoints:
                 self._publish(step)
             ctx.boundary(step, self._save)
+        if stage.budget:
+            ctx.facts.update(steps=step, budget=self.allowed)
         self._publish()
 
     def _save(self, folder: Path) -> None:
@@ -289,9 +305,10 @@ class Loop:
 
     def _step(self, step: int) -> Verdict:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
+        self.total = foreseen(step, stage.steps, ctx.cost.flops, self.allowed)
         self.policy.refresh(step)
         if stage.temperature:
-            self._heat(stage.temperature.at(self.heat, step, stage.steps))
+            self._heat(stage.temperature.at(self.heat, step, self.total))
         drawn, chosen, filled = self._draw(step)
         self.policy.charge(ctx.cost)
         trained, credited = self._assign(chosen)
@@ -303,7 +320,7 @@ class Loop:
         metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
         if stage.temperature:
             metrics["temperature"] = self.driver.sampling.scored_at
-            if step + 1 < stage.steps:  # a trial after the last step would be for nothing
+            if step + 1 < self.total:  # a trial after the last step would be for nothing
                 self.heat, tried = stage.temperature.after(self.heat, metrics["reward"], lambda t: self._trial(t, step + 1))
                 metrics |= tried
         verdict = self._judge(metrics)
@@ -311,7 +328,7 @@ class Loop:
         shown: dict[str, Any] = {k: metrics[k] for k in ("reward", "kl") if k in metrics}
         if verdict.sign:
             shown["health"] = verdict.sign
-        ctx.progress(step + 1, stage.steps, **shown)
+        ctx.progress(step + 1, foreseen(step + 1, stage.steps, ctx.cost.flops, self.allowed), **shown)
         return verdict
 
     def _judge(self, metrics: dict[str, float]) -> Verdict:
@@ -409,7 +426,7 @@ class Loop:
                 continue
             tasks, seed = self.pools[domain], stage.seed * 1009 + k
             if stage.curriculum:
-                order = stage.curriculum.pick(self.rates[domain], share, step, stage.steps, seed, draw)
+                order = stage.curriculum.pick(self.rates[domain], share, step, self.total, seed, draw)
             elif draw:  # a series of its own: the first draws stay what they are without it
                 at = before * stage.resample + (draw - 1) * share
                 order = run_order(len(tasks), at, share, seed + len(self.pools))
@@ -452,12 +469,22 @@ class Loop:
 
     def _learn(self, part: list[Sample], step: int, number: int) -> dict[str, float]:
         """Update ``number`` of the stage."""
-        stage, temperature = self.stage, self.driver.sampling.scored_at
-        metrics = self.learner.forward_backward(part, stage.loss, temperature, self._extras())
+        stage = self.stage
+        metrics = self._backward(part)
         replayed, tokens = self.replays.add(self.learner, number)
-        metrics |= replayed | self.learner.step(stage.schedule.factor(step, stage.steps))
+        metrics |= replayed | self.learner.step(stage.schedule.factor(step, self.total))
         self.policy.charge_training(self.ctx.cost, sum(len(s.tokens) for s in part) + tokens)
         return metrics
+
+    def _backward(self, part: list[Sample]) -> dict[str, float]:
+        """Adds the gradient of a minibatch; with ``balance`` the metrics are means over domains too."""
+        domains = list(dict.fromkeys(s.domain for s in part)) if self.stage.balance else [None]
+        found = []
+        for domain in domains:
+            mine = [s for s in part if domain in (None, s.domain)]
+            args = (mine, self.stage.loss, self.driver.sampling.scored_at, self._extras())
+            found.append(self.learner.forward_backward(*args, weight=1 / len(domains)))
+        return {n: (max if n.endswith("max") else _mean)([f[n] for f in found if n in f]) for n in found[0]}
 
     def _extras(self) -> dict[str, Any]:
         from tutelage.credit.teacher import distinct

@@ -72,6 +72,8 @@ class PPO(Online):
             raise SpecError("no credit rule gives returns to the value model; add credit.gae.GAE, or use Online")
 
     def estimate(self, types: Callable[[At], Type]) -> float:
+        if self.budget:
+            return self.budget.estimate(types)
         tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
         return super().estimate(types) + 8.0 * need_model(types, self.value, HEADS).params * tokens
 
@@ -101,7 +103,7 @@ class _PPO(Loop):
     def _learn(self, part: list[Sample], step: int, number: int) -> dict[str, float]:
         metrics = super()._learn(part, step, number)
         found = self.value.forward_backward(part, self.stage.value_loss)
-        found |= self.value.step(self.stage.schedule.factor(step, self.stage.steps))
+        found |= self.value.step(self.stage.schedule.factor(step, self.total))
         self.ctx.cost.spend("trained", sum(len(s.tokens) for s in part), self.value.params)
         return metrics | {f"value/{name}": x for name, x in found.items()}
 
