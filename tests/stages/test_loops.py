@@ -16,6 +16,7 @@ from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError
+from tutelage.stages.budget import Budget
 from tutelage.stages.evaluate import Evaluate
 from tutelage.stages.fit import Fit, Selection, batch_order
 from tutelage.stages.majority import Majority
@@ -97,7 +98,7 @@ def test_selection_keeps_the_best_trial_and_stops_when_stale(tmp_path):
 
 def test_a_budget_is_what_the_named_stages_spent(tmp_path):
     store, spender = Store(tmp_path / "s"), rl(steps=3)
-    control = fit(steps=10_000, budget=(spender.out(),))
+    control = fit(steps=10_000, budget=Budget(of=(spender.out(),)))
     make(spender, store)
     allowed = store.meta(key(spender))["cost"]["flops"]
     ctx = make(control, store)
@@ -216,7 +217,7 @@ def test_prompts_that_cannot_be_shared_equally():
 
 def test_a_checkpoint_that_will_never_be_written():
     refused(rl(checkpoints=(2, 9)), "step 9", "1 to 4")
-    refused(fit(checkpoints=(2,), budget=(rl().out(),)), "budget or patience")
+    refused(fit(checkpoints=(2,), budget=Budget(of=(rl().out(),))), "budget or patience")
 
 
 def test_development_tasks_that_are_no_tasks():
