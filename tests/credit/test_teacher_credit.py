@@ -200,3 +200,4 @@ def test_trap_teacher_must_speak_of_exactly_the_trained_tokens(cut):
 def test_declares_what_it_writes():
     assert Teacher().gives() == {"teacher_logp"}
     assert Teacher(want="hidden").gives() == {"teacher_hidden", "teacher"}
+    assert Teacher(want="topk").gives() == {"teacher_topk", "teacher_topk_logp"}

@@ -16,6 +16,7 @@ from tutelage.learn.learner import Learner, ModelScorer
 from tutelage.learn.optim import AdamW, Muon, Schedule
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
 from tutelage.losses.nll import NLL
+from tutelage.losses.top_k import TailReverseKL
 from tutelage.spec import UserError
 from tutelage.types import Signal
 
@@ -77,7 +78,9 @@ def test_a_trained_first_token_and_a_missing_signal_are_refused():
 
 
 @pytest.mark.parametrize("optimizer", [AdamW(lr=0.1), Muon(lr=0.1)])
-@pytest.mark.parametrize(("loss", "want"), [(FullReverseKL(), "hidden"), (SampledReverseKL(), "logp")])
+@pytest.mark.parametrize(
+    ("loss", "want"), [(FullReverseKL(), "hidden"), (SampledReverseKL(), "logp"), (TailReverseKL(), "topk")]
+)
 def test_a_teacher_equal_to_the_student_moves_no_parameter(loss, want, optimizer):
     model = tiny.model()
     learner, samples = Learner(model, optimizer), tiny.samples(LENGTHS)
@@ -102,9 +105,26 @@ def distil(learner, samples, loss, want, teacher, temperature=0.8):
     context = CreditContext(temperature, {"d0": scorer, "d1": scorer})
     for s, signal in zip(samples, learner.score(samples, temperature, "logp"), strict=True):
         s.signals["behaviour_logp"] = Signal(signal.values, s.trained, {"temperature": temperature})
-    kept, _ = asyncio.run(Teacher(want=want).assign(samples, context))
+    kept, _ = asyncio.run(Teacher(want=want, k=8).assign(samples, context))
     heads = tuple(s.head for s in distinct(context.teachers))
     return learner.forward_backward(kept, loss, temperature, {"teacher_heads": heads})
+
+
+def test_the_top_k_is_that_of_the_whole_distribution(monkeypatch):
+    model, samples = tiny.model(), tiny.samples(LENGTHS)
+    monkeypatch.setattr(learning, "CHUNK", tiny.VOCAB * 3)
+    pairs = Learner(model).topk(samples, 0.8, 5)
+    for s, (ids, logps) in zip(samples, pairs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(s.tokens)[None], layout=_alone(s)).logits[0, s.trained - 1]
+        p = (logits / 0.8).softmax(-1)
+        best = p.sort(descending=True)
+        assert np.array_equal(ids.values, best.indices[:, :5])
+        np.testing.assert_allclose(np.exp(logps.values[:, :5]), best.values[:, :5], rtol=1e-4)
+        np.testing.assert_allclose(np.exp(logps.values[:, 5]), 1 - best.values[:, :5].sum(-1), rtol=1e-3, atol=1e-6)
+        assert ids.provenance["temperature"] == logps.provenance["temperature"] == 0.8
+    with pytest.raises(UserError, match="smaller k"):
+        Learner(model).topk(samples, 0.8, tiny.VOCAB)
 
 
 def test_full_vocabulary_kl_equals_a_naive_loop():

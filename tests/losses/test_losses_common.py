@@ -9,16 +9,22 @@ import torch
 
 from tests.losses.plain import Case, PlainOutput, case, noise
 from tests.losses.test_distill_loss import full_case
+from tests.losses.test_distill_variants import with_top_k
 from tutelage.losses.cispo import CISPO
 from tutelage.losses.correction import IcePop, SequenceMask, TruncatedIS
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
 from tutelage.losses.dr_grpo import DrGRPO
+from tutelage.losses.extrapolated import ExtrapolatedReverseKL
+from tutelage.losses.full import FullForwardKL, FullJSD
 from tutelage.losses.gspo import GSPO, GSPOToken
 from tutelage.losses.kimi import Kimi
 from tutelage.losses.kl import K2, K3, UnbiasedKL
 from tutelage.losses.nll import NLL
 from tutelage.losses.policy import DAPO, GRPO
+from tutelage.losses.proximal import ProximalReverseKL
 from tutelage.losses.reinforce import REINFORCE
+from tutelage.losses.surrogate import ClippedReverseKL
+from tutelage.losses.top_k import TailForwardKL, TailReverseKL, TopKReverseKL
 from tutelage.spec import dump, load, resolve_kind
 
 VARIANTS = [
@@ -31,7 +37,9 @@ VARIANTS = [
 ]
 SUMS = [REINFORCE(correction=TruncatedIS()), DrGRPO(length=9, kl=K2(beta=0.1))]
 """Replies weigh by their length, and the sum is divided by their number."""
-LOSSES = [NLL(), DAPO(), GRPO(), SampledReverseKL(alpha=0.5), FullReverseKL(), *VARIANTS, *SUMS]
+DISTILL = [FullReverseKL(), FullForwardKL(), FullJSD(beta=0.3), TopKReverseKL(), TailReverseKL(), TailForwardKL()]
+DISTILL += [SampledReverseKL(alpha=0.5), ProximalReverseKL(), ExtrapolatedReverseKL(alpha=0.5), ClippedReverseKL()]
+LOSSES = [NLL(), DAPO(), GRPO(), *DISTILL, *VARIANTS, *SUMS]
 
 
 def any_case(seed: int = 0) -> Case:
@@ -44,7 +52,7 @@ def any_case(seed: int = 0) -> Case:
         "prox_logp": c.logp + noise(c, 0.2, 4),
         "ref_logp": c.logp + noise(c, 0.5, 5),
     }
-    return c
+    return with_top_k(c, case(seed=seed + 7).logits)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -97,6 +105,7 @@ def test_row_losses_weigh_replies_equally_and_token_losses_tokens(loss):
         c.batch.signals |= {"teacher_hidden": torch.ones(n, 3, dtype=torch.float64), "teacher": torch.zeros(n).long()}
         source = full_case(widths=(3,))
         c.batch.extras = source.batch.extras
+        with_top_k(c, case(".x", seed=3).logits.expand(n, -1))
     ratio = double.run(loss)[0] / single.run(loss)[0]
     assert ratio == pytest.approx(2 if loss in SUMS else {"tokens": 2, "rows": 1}[loss.per])
 

@@ -15,6 +15,7 @@ from tutelage.losses.cispo import CISPO
 from tutelage.losses.correction import IcePop, SequenceMask, TruncatedIS
 from tutelage.losses.distill import FullReverseKL
 from tutelage.losses.dr_grpo import DrGRPO
+from tutelage.losses.full import FullForwardKL, FullJSD
 from tutelage.losses.gspo import GSPO
 from tutelage.losses.kl import K3, UnbiasedKL
 from tutelage.losses.policy import DAPO, GRPO
@@ -169,12 +170,15 @@ def test_reinforce_is_trls_rloo_on_policy():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_full_reverse_kl_is_trls_generalized_jsd_at_beta_1(temperature):
+@pytest.mark.parametrize(
+    ("loss", "beta"), [(FullReverseKL(), 1), (FullForwardKL(), 0), (FullJSD(), 0.5), (FullJSD(beta=0.1), 0.1)]
+)
+def test_full_vocabulary_losses_are_trls_generalized_jsd(loss, beta, temperature):
     gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
     c = full_case(1, temperature=temperature)
     leaf = c.logits.clone().requires_grad_()
-    theirs = gkd.GKDTrainer.generalized_jsd_loss(leaf, teacher_logits(c), beta=1, temperature=temperature, reduction="sum")
-    value, gradient, _ = c.run(FullReverseKL())
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(leaf, teacher_logits(c), beta=beta, temperature=temperature, reduction="sum")
+    value, gradient, _ = c.run(loss)
     assert value == pytest.approx(theirs.item(), rel=1e-10)
     torch.testing.assert_close(gradient, torch.autograd.grad(theirs, leaf)[0])
 

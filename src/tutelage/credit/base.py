@@ -21,6 +21,11 @@ class Scorer(Protocol):
         or ``hidden`` [T_sel, D], the final hidden states before the output head."""
         ...
 
+    def topk(self, samples: Sequence[Sample], temperature: float, k: int) -> list[tuple[Signal, Signal]]:
+        """Of each sample at its trained positions the k likeliest tokens int [T_sel, k], and their log-probs with that of
+        the mass outside last [T_sel, k + 1]."""
+        ...
+
     @property
     def head(self) -> Any:
         """The output head: ``head(hidden [m, D]) -> logits [m, V]`` in fp32, cut to the true vocabulary, with ``width`` D."""

@@ -5,8 +5,8 @@ prompt, by domain, never an average. Samples are sorted by teacher, so that one 
 (DeepSeek V4, arXiv 2606.19348). The teacher's log-probs are written as they are: the advantage is formed in the loss
 (losses/distill.py), where the student's present log-probs are.
 
-Leaves out: balancing response tokens between domains (only their share is logged), schedules over a teacher's
-checkpoints (the stage hands over other teachers), and top-k signals.
+Leaves out: balancing response tokens between domains (only their share is logged), and schedules over a teacher's
+checkpoints (the stage hands over other teachers).
 """
 
 from __future__ import annotations
@@ -15,24 +15,35 @@ import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from tutelage.credit.base import Credit, CreditContext, Scorer
 from tutelage.losses.base import Metrics
 from tutelage.spec import SpecError
 from tutelage.types import Sample, Signal
 
+GIVES = {
+    "logp": frozenset({"teacher_logp"}),
+    "hidden": frozenset({"teacher_hidden", "teacher"}),
+    "topk": frozenset({"teacher_topk", "teacher_topk_logp"}),
+}
+
 
 class Teacher(Credit):
-    """Writes ``teacher_logp`` [T_sel], or ``teacher_hidden`` [T_sel, Dmax] and ``teacher`` int [T_sel].
+    """Writes ``teacher_logp`` [T_sel], or ``teacher_hidden`` [T_sel, Dmax] and ``teacher`` int [T_sel], or ``teacher_topk`` int
+    [T_sel, k] and ``teacher_topk_logp`` [T_sel, k + 1], whose last column is the log of the mass outside.
 
     ``teacher`` indexes `distinct`; hidden states of narrower teachers are zero-padded on the right to the widest of the
     step. Samples without trained tokens are dropped. Raises `SpecError` for a domain that has no teacher.
     """
 
-    want: Literal["logp", "hidden"] = "logp"
-    """``logp`` for the sampled-token loss, ``hidden`` for the full-vocabulary one"""
+    want: Literal["logp", "hidden", "topk"] = "logp"
+    """``logp`` for losses of the sampled token, ``hidden`` for those over the vocabulary, ``topk`` for the top-k forms"""
+    k: int = Field(64, ge=1)
+    """how many tokens ``topk`` keeps (MOPD: 64)"""
 
     def gives(self) -> frozenset[str]:
-        return frozenset({"teacher_logp"} if self.want == "logp" else {"teacher_hidden", "teacher"})
+        return GIVES[self.want]
 
     async def assign(self, samples: Sequence[Sample], ctx: CreditContext) -> tuple[list[Sample], Metrics]:
         route(samples, ctx.teachers)
@@ -42,21 +53,27 @@ class Teacher(Credit):
             if not mine:
                 continue
             # in a thread: the event loop never runs torch
-            signals = await asyncio.to_thread(teacher.score, mine, ctx.temperature, self.want)
-            for sample, signal in zip(mine, signals, strict=True):
-                check(sample, signal, teacher)
-                self._write(sample, signal, i, teacher)
+            await asyncio.to_thread(self._ask, teacher, i, mine, ctx.temperature)
         if self.want == "hidden":
             widen(kept)
         return kept, token_share(kept, ctx.teachers)
 
-    def _write(self, sample: Sample, signal: Signal, i: int, teacher: Scorer) -> None:
-        sample.signals[f"teacher_{self.want}"] = signal
-        if self.want == "hidden":
-            import numpy as np
+    def _ask(self, teacher: Scorer, i: int, mine: Sequence[Sample], temperature: float) -> None:
+        """Writes the signals of one teacher, number ``i``, onto its samples."""
+        import numpy as np
 
-            which = np.full(len(signal.index), i, np.int64)
-            sample.signals["teacher"] = Signal(which, signal.index, {"model": teacher.name})
+        if self.want == "topk":
+            for sample, (ids, logps) in zip(mine, teacher.topk(mine, temperature, self.k), strict=True):
+                check(sample, ids, teacher)
+                check(sample, logps, teacher)
+                sample.signals |= {"teacher_topk": ids, "teacher_topk_logp": logps}
+            return
+        for sample, signal in zip(mine, teacher.score(mine, temperature, self.want), strict=True):
+            check(sample, signal, teacher)
+            sample.signals[f"teacher_{self.want}"] = signal
+            if self.want == "hidden":
+                which = np.full(len(signal.index), i, np.int64)
+                sample.signals["teacher"] = Signal(which, signal.index, {"model": teacher.name})
 
 
 def distinct(teachers: Mapping[str, Scorer]) -> list[Scorer]:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from tutelage.learn.batch import collate, counts, split
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.base import Loss
+from tutelage.losses.top_k import outcomes
 from tutelage.model.adapter import Base, activate, is_adapter, load_adapter, load_weights, weights
 from tutelage.model.attention import Rows
 from tutelage.model.folder import load_model, matmul_params
@@ -63,6 +64,16 @@ class PackedOutput:
     @property
     def entropy(self) -> torch.Tensor:
         return self._both[1]
+
+    def topk(self, k: int) -> torch.Tensor:
+        """[M, 2k + 1]: the k likeliest tokens (floats: exact below 2^24), their log-probs, the log of the mass outside."""
+
+        def likeliest(hidden: torch.Tensor) -> torch.Tensor:
+            logprobs = self._logprobs(hidden)
+            ids = logprobs.topk(k).indices
+            return torch.cat([ids.float(), outcomes(logprobs, ids)], 1)
+
+        return self._chunked(likeliest, (self.hidden,))
 
     def reduce_vocab(self, fn: Callable[..., Any], index: torch.Tensor, *extras: torch.Tensor) -> torch.Tensor:
         def reduced(hidden: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
@@ -175,13 +186,28 @@ class Learner:
     @torch.inference_mode()
     def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden", "values"]) -> list[Signal]:
         """`tutelage.credit.base.Scorer.score`, or what else `output` has: in the order of the samples."""
-        found: dict[int, Signal] = {}
+        values = self._asked(samples, temperature, lambda out: getattr(out, want))
+        return [Signal(v, s.trained, {"temperature": temperature, "kind": want}) for s, v in zip(samples, values, strict=True)]
+
+    @torch.inference_mode()
+    def topk(self, samples: Sequence[Sample], temperature: float, k: int) -> list[tuple[Signal, Signal]]:
+        """`tutelage.credit.base.Scorer.topk`: in the order of the samples."""
+        if k >= (vocab := Head.of(self.model, self.vocab).vocab):
+            raise UserError(f"top-k asks for {k} tokens, but the vocabulary has {vocab}; give a smaller k")
+        values = self._asked(samples, temperature, lambda out: out.topk(k))
+        about = {"temperature": temperature, "kind": "topk"}
+        return [
+            (Signal(v[:, :k].astype(np.int32), s.trained, {**about}), Signal(v[:, k:], s.trained, {**about}))
+            for s, v in zip(samples, values, strict=True)
+        ]
+
+    def _asked(self, samples: Sequence[Sample], temperature: float, what: Callable[[Any], torch.Tensor]) -> list[np.ndarray]:
+        """What an output says [T_sel, ...] of each sample, in their order."""
+        found: dict[int, np.ndarray] = {}
         for part in split(samples, self.micro_tokens):
-            out = self.output(self.batch(part), temperature)
-            values = getattr(out, want).float().cpu().numpy()
+            values = what(self.output(self.batch(part), temperature)).float().cpu().numpy()
             ends = np.cumsum([int(s.mask.sum()) for s in part])[:-1]
-            for sample, value in zip(part, np.split(values, ends), strict=True):
-                found[id(sample)] = Signal(value, sample.trained, {"temperature": temperature, "kind": want})
+            found.update({id(s): value for s, value in zip(part, np.split(values, ends), strict=True)})
         return [found[id(s)] for s in samples]
 
     # --- surviving ---
@@ -209,10 +235,19 @@ class ModelScorer:
     def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
         activate(self._learner.model, self._adapters)
         signals = self._learner.score(samples, temperature, want)
+        self._note(samples, signals)
+        return signals
+
+    def topk(self, samples: Sequence[Sample], temperature: float, k: int) -> list[tuple[Signal, Signal]]:
+        activate(self._learner.model, self._adapters)
+        pairs = self._learner.topk(samples, temperature, k)
+        self._note(samples, [signal for pair in pairs for signal in pair])
+        return pairs
+
+    def _note(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> None:
         self.scored += sum(len(s.tokens) for s in samples)
         for signal in signals:
             signal.provenance["model"] = self.name
-        return signals
 
 
 class Scorers:

@@ -16,9 +16,10 @@ Nemotron 3 Ultra's released configuration, [0.2, 5], and α = 0.
 
 The teacher's log-probs are rebuilt from its last hidden states through its head, a chunk of tokens at a time.
 
-Leaves out: top-k forms, Nemotron's clipped surrogate with a proximal policy and IcePop mask, V4's weights w_i (each
-teacher counts by its share of the tokens), any correction for samples that are not quite the policy's own in
-`FullReverseKL`, and who the teacher of a token is (credit/teacher.py).
+Leaves out: other divergences (losses/full.py), top-k forms (losses/top_k.py), other rewards of the sampled token
+(losses/proximal.py, losses/extrapolated.py), Nemotron's clipped surrogate (losses/surrogate.py), V4's weights w_i (each teacher
+counts by its share of the tokens), any correction for samples that are not quite the policy's own in `FullReverseKL`, and who
+the teacher of a token is (credit/teacher.py).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from tutelage.losses.base import Loss, Metrics, Output
+from tutelage.losses.divergence import reverse_kl
 from tutelage.losses.policy import drift, token_means, total
 from tutelage.types import Batch
 
@@ -54,12 +56,17 @@ class SampledReverseKL(Loss):
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         weight, kept = self._weight(out, batch)
         gap = batch.signals["teacher_logp"] - out.logp.detach()
-        advantage = gap if self.advantage_clip is None else gap.clamp(-self.advantage_clip, self.advantage_clip)
-        metrics = token_means(kl=-gap, clip_fraction=advantage != gap, discarded=~kept)
+        reward = self.reward(gap, batch)
+        advantage = reward if self.advantage_clip is None else reward.clamp(-self.advantage_clip, self.advantage_clip)
+        metrics = token_means(kl=-gap, clip_fraction=advantage != reward, discarded=~kept)
         if self.alpha:
             advantage = advantage + self.alpha * batch.signals["advantage"]
         loss = -total(weight * advantage * out.logp, batch, self.per)
         return loss, {**metrics, **drift(out, batch)}
+
+    def reward(self, gap: Any, batch: Batch) -> Any:
+        """What a token earns [M], before the clip, from log π_T − log π_θ [M]. Without gradient."""
+        return gap
 
     def _weight(self, out: Output, batch: Batch) -> tuple[Any, Any]:
         """w [M] without gradient, and bool [M] where it was kept."""
@@ -82,6 +89,9 @@ class FullReverseKL(Loss):
     [m, V]`` in fp32 over the true vocabulary; and ``batch.extras["temperature"]``, that of ``out``.
     """
 
+    measure: ClassVar[str] = "kl"
+    """The name of its metric."""
+
     def needs(self) -> frozenset[str]:
         return frozenset({"teacher_hidden", "teacher"})
 
@@ -91,25 +101,27 @@ class FullReverseKL(Loss):
         for i in teacher.unique().tolist():  # one head at a time
             head = batch.extras["teacher_heads"][i]
             mine = (teacher == i).nonzero().squeeze(1)
-            fn = partial(reverse_kl, head=head, temperature=batch.extras["temperature"])
+            fn = partial(self._rebuilt, head=head, temperature=batch.extras["temperature"])
             kl = kl.index_put((mine,), out.reduce_vocab(fn, mine, hidden[mine, : head.width]))
-        return total(kl, batch, self.per), token_means(kl=kl, entropy=out.entropy)
+        return total(kl, batch, self.per), token_means(**{self.measure: kl}, entropy=out.entropy)
 
+    def divergence(self, student: Any, teacher: Any) -> Any:
+        """[m] with gradient, from log-probs [m, V] each."""
+        return reverse_kl(student, teacher)
 
-def reverse_kl(student: Any, hidden: Any, head: Callable[[Any], Any], temperature: float) -> Any:
-    """KL(student ‖ teacher) [m] from the student's log-probs [m, V] and the teacher's hidden states [m, D].
+    def _rebuilt(self, student: Any, hidden: Any, head: Callable[[Any], Any], temperature: float) -> Any:
+        """`divergence` from the student's log-probs [m, V] and the teacher's hidden states [m, D].
 
-    The gradient of ``log p_s`` inside the sum is Σ_v ∇p_s(v) = 0; leaving it out changes nothing but rounding, and makes
-    the gradient exactly zero where the two agree. Raises `ValueError` where the vocabularies differ.
-    """
-    import torch
+        Raises `ValueError` where the vocabularies differ.
+        """
+        import torch
 
-    with torch.no_grad():
-        logits = head(hidden)
-        if logits.shape[-1] != student.shape[-1]:
-            raise ValueError(
-                f"the student's vocabulary has {student.shape[-1]} entries and the teacher's {logits.shape[-1]}; "
-                "cut both to the tokenizer's true vocabulary before comparing (padded rows would take part in the softmax)"
-            )
-        difference = student - (logits / temperature).log_softmax(-1)
-    return (student.exp() * difference).sum(-1)
+        with torch.no_grad():
+            logits = head(hidden)
+            if logits.shape[-1] != student.shape[-1]:
+                raise ValueError(
+                    f"the student's vocabulary has {student.shape[-1]} entries and the teacher's {logits.shape[-1]}; "
+                    "cut both to the tokenizer's true vocabulary before comparing (padded rows would take part in the softmax)"
+                )
+            teacher = (logits / temperature).log_softmax(-1)
+        return self.divergence(student, teacher)
