@@ -43,6 +43,7 @@ from tutelage.stages.fit import need_series, run_order, trained_type
 from tutelage.stages.health import Health, Step, Verdict, repetition, watched
 from tutelage.stages.mixture import Replay, Replays, need_replays, need_weights, replay_tokens, shares
 from tutelage.stages.passrate import need_rates, rates
+from tutelage.stages.staged import Staged
 from tutelage.stages.temperature import RaiseOnPlateau, TemperatureSchedule
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample, Signal, Task
@@ -71,6 +72,8 @@ class Online(Stage):
     env: Env
     teachers: dict[str, At] = {}
     """domain -> its teacher"""
+    staged: Staged | None = None
+    """Who teaches before them, and when they take over; None: nobody."""
     reference: At | None = None
     """The policy that KL is measured to, asked by credit.kl.Reference."""
     credit: tuple[Credit, ...] = Field(min_length=1)
@@ -159,12 +162,16 @@ class Online(Stage):
 
     def _check_teachers(self, types: Callable[[At], Type], model: ModelType) -> None:
         if not self.teachers:
+            if self.staged:
+                raise SpecError("staged says who teaches before teachers, but none are given; set teachers to the last ones")
             return
         for domain in self.domains:
             if domain not in self.teachers:
                 raise SpecError(f"domain {domain!r} has no teacher{suggest(domain, self.teachers)}")
         for domain, at in self.teachers.items():
             self._check_ids(f"the teacher of {domain!r}", at, types, model)
+        if self.staged:
+            self.staged.check(self.teachers, self.steps, lambda who, at: self._check_ids(who, at, types, model))
 
     def _check_ids(
         self, who: str, at: At, types: Callable[[At], Type], model: ModelType, heads: tuple[str, ...] = ("causal",)
@@ -249,6 +256,8 @@ class Loop:
         by_domain: dict[str, Scorer] = {d: self._scorer(at) for d, at in stage.teachers.items() if d in stage.domains}
         reference = self._scorer(stage.reference) if stage.reference else None
         self.credit_context = CreditContext(stage.sampling.scored_at, by_domain, reference)
+        self.turns = {d: [*map(self._scorer, ats), by_domain[d]] for d, ats in self._earlier().items() if d in by_domain}
+        self.turn = stage.staged.begin() if stage.staged else {}
         self.pools: dict[str, list[Task]] = {d: [] for d in stage.domains}
         for task in read_tasks(ctx.input(stage.tasks)):
             if task.domain in self.pools:
@@ -263,6 +272,9 @@ class Loop:
         self.replays = Replays(stage.replay, ctx, self.policy.tokenizer, stage.seed)
         self._sharing = shares([stage.weights.get(d, 1.0) for d in self.pools], stage.prompts)
         self._shared = [[0] * len(self.pools)]  # prompts of each domain before step 0, 1, ...
+
+    def _earlier(self) -> dict[str, tuple[At, ...]]:
+        return self.stage.staged.teachers if self.stage.staged else {}
 
     def _scorer(self, at: At) -> Scorer:
         return self.scorers.of(self.ctx.input(at), at.of.name)
@@ -293,11 +305,12 @@ class Loop:
         torch.save(self._state(), folder / "state.pt")
 
     def _state(self) -> dict[str, Any]:
-        return {**self.learner.state(), "heat": self.heat, "history": self.history}
+        return {**self.learner.state(), "heat": self.heat, "history": self.history, "turn": self.turn}
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.learner.restore(state)
         self.heat, self.history = state.get("heat", self.heat), state.get("history", self.history)
+        self.turn = state.get("turn", self.turn)
 
     def _publish(self, step: int | None = None) -> None:
         """Writes every port; with ``step``, a checkpoint of its series."""
@@ -307,6 +320,8 @@ class Loop:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
         self.total = foreseen(step, stage.steps, ctx.cost.flops, self.allowed)
         self.policy.refresh(step)
+        if stage.staged:
+            self.credit_context.teachers |= {d: stage.staged.now(self.turn, turns) for d, turns in self.turns.items()}
         if stage.temperature:
             self._heat(stage.temperature.at(self.heat, step, self.total))
         drawn, chosen, filled = self._draw(step)
@@ -318,6 +333,9 @@ class Loop:
             metrics.update(self._update(trained, step))
         tokens = sum(int(s.mask.sum()) for s in drawn)
         metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
+        if stage.staged:
+            metrics["teacher_stage"] = float(self.turn["stage"])
+            self.turn = stage.staged.switch.after(self.turn, step + 1, metrics)
         if stage.temperature:
             metrics["temperature"] = self.driver.sampling.scored_at
             if step + 1 < self.total:  # a trial after the last step would be for nothing
