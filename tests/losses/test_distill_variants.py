@@ -297,6 +297,53 @@ def test_the_extrapolated_optimum_is_the_tilted_reference(scale, still):
     assert (float(gradient.abs().max()) < 1e-12) == still
 
 
+# --- outcome rewards that fade -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "shares"), [("linear", [1, 0.75, 0.5, 0.25, 0]), ("cosine", [1, 0.853553, 0.5, 0.146447, 0])]
+)
+def test_alpha_moves_from_its_start_to_its_end(shape, shares):
+    c = sampled_case(5)
+    loss = SampledReverseKL(alpha=0.8, alpha_end=0.2, alpha_shape=shape)
+    for progress, share in zip([0, 0.25, 0.5, 0.75, 1], shares, strict=True):
+        c.batch.extras["progress"] = progress
+        value, gradient, metrics = c.run(loss)
+        fixed = SampledReverseKL(alpha=0.2 + 0.6 * share)
+        assert metrics["alpha"] == pytest.approx(fixed.alpha, abs=1e-6)
+        assert value == pytest.approx(c.run(fixed)[0], rel=1e-5)
+        torch.testing.assert_close(gradient, c.run(fixed)[1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_alpha_that_begins_or_ends_at_zero_needs_the_advantage():
+    assert "advantage" in SampledReverseKL(alpha_end=0.5).needs()
+    assert "advantage" in SampledReverseKL(alpha=0.5, alpha_end=0.0).needs()
+    assert "advantage" not in SampledReverseKL(alpha_end=0.0).needs()
+
+
+def test_trap_a_fixed_mixture_of_reward_and_teacher_collapses_entropy_and_a_fading_one_does_not():
+    """One context, exact expectations: the optimum of a fixed α is π_T exp(α Â), and the entropy that is logged shows it."""
+    vocab, n = 6, torch.arange(6)
+    teacher = case(".x", vocab=vocab, seed=3).logits[0].log_softmax(-1) / 4
+    teacher = teacher.log_softmax(-1)
+    batch = Batch(tokens=n, row=n, pos=n * 0, index=n, trow=n, counts={"rows": vocab, "tokens": vocab})
+    uniform = torch.full((vocab,), -math.log(vocab), dtype=torch.float64)
+    batch.signals = {"teacher_logp": teacher, "behaviour_logp": uniform, "advantage": (n == 2).double()}
+    last = {}
+    for end in (None, 0.0):
+        loss = SampledReverseKL(alpha=8.0, alpha_end=end, weight_low=0.0, weight_high=1e9)
+        logits = teacher.clone()
+        for step in range(400):
+            batch.extras["progress"] = min(1.0, step / 200)
+            leaf = logits.clone().requires_grad_()
+            total, metrics = loss(PlainOutput(leaf.expand(vocab, -1), n), batch)
+            logits = logits - 0.2 * torch.autograd.grad(total, leaf)[0]
+        last[end] = metrics["entropy"][0] / metrics["entropy"][1]
+    whole = float(-(teacher.exp() * teacher).sum())
+    assert last[None] < 0.05 * whole
+    assert last[0.0] == pytest.approx(whole, rel=0.01)
+
+
 # --- Nemotron's surrogate ---------------------------------------------------------------------------------------------
 
 

@@ -151,6 +151,14 @@ def test_token_share_by_domain_is_logged_and_sums_to_one(tmp_path):
     assert {"kl", "entropy", "reward/low", "reward/high"} <= set(line)
 
 
+def test_outcome_rewards_fade_over_the_stages_steps_and_entropy_is_logged(tmp_path):
+    loss = SampledReverseKL(alpha=0.4, alpha_end=0.0)
+    stage, store = mopd(loss, credit=(GroupRelative(drop_uniform=False), Teacher()), steps=3), Store(tmp_path / "s")
+    make(stage, store)
+    assert [m["alpha"] for m in store.metrics(key(stage))] == pytest.approx([0.4, 0.2, 0.0])
+    assert all(m["entropy"] > 0 for m in store.metrics(key(stage)))
+
+
 def test_a_saved_policy_opens_in_stock_transformers(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

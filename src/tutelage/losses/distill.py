@@ -4,11 +4,12 @@
 
     L = - Σ_rows 1/|y| Σ_t w_t Â_t log π_θ(y_t)
     w_t = sg[π_θ/μ_θ] if within [weight_low, weight_high], else 0          (discarded, not clamped)
-    Â_t = sg[clip(log π_T − log π_θ, ±advantage_clip)] + α Â_ORM
+    Â_t = sg[clip(log π_T − log π_θ, ±advantage_clip)] + α Â_ORM            α may move over the stage's steps
 
 Â_t is formed inside the loss from the student's present log-probs: it cannot be stale, cannot lose the student's term,
 and nothing normalises it over a batch. MiMo does not disclose its bounds on w or α; the defaults are those of
-Nemotron 3 Ultra's released configuration, [0.2, 5], and α = 0.
+Nemotron 3 Ultra's released configuration, [0.2, 5], and α = 0. A fixed α > 0 draws the optimum to π_T exp(α Â_ORM), which has
+less entropy than the teacher; one that ends at 0 does not.
 
 `FullReverseKL` is DeepSeek V4's (arXiv 2606.19348, Eq. 29), on the student's samples:
 
@@ -24,6 +25,7 @@ the teacher of a token is (credit/teacher.py).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -38,7 +40,8 @@ from tutelage.types import Batch
 
 class SampledReverseKL(Loss):
     """Policy gradient towards the teacher. Reads signals ``teacher_logp``, ``behaviour_logp`` and, where α is not 0,
-    ``advantage``, each [M]; all log-probs must be under the sampling temperature."""
+    ``advantage``, each [M]; all log-probs must be under the sampling temperature. Where α moves, also
+    ``batch.extras["progress"]``, the share of the stage's steps that is over: 0 at its first and 1 at its last."""
 
     per: ClassVar[Literal["tokens", "rows"]] = "rows"
     advantage_clip: float | None = Field(5.0, gt=0)
@@ -49,9 +52,20 @@ class SampledReverseKL(Loss):
     """tokens with π_θ/μ_θ above this are discarded"""
     alpha: float = 0.0
     """α: weight of the outcome-reward advantage, added after the clip"""
+    alpha_end: float | None = None
+    """α at the last step, where it moves; None keeps it where it is"""
+    alpha_shape: Literal["linear", "cosine"] = "linear"
+    """how α goes to ``alpha_end``"""
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"teacher_logp", "behaviour_logp"} | ({"advantage"} if self.alpha else set()))
+        return frozenset({"teacher_logp", "behaviour_logp"} | ({"advantage"} if self.alpha or self.alpha_end else set()))
+
+    def alpha_at(self, batch: Batch) -> float:
+        if self.alpha_end is None:
+            return self.alpha
+        progress = batch.extras["progress"]
+        gone = progress if self.alpha_shape == "linear" else 0.5 * (1 - math.cos(math.pi * progress))
+        return self.alpha + (self.alpha_end - self.alpha) * gone
 
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         weight, kept = self._weight(out, batch)
@@ -59,8 +73,11 @@ class SampledReverseKL(Loss):
         reward = self.reward(gap, batch)
         advantage = reward if self.advantage_clip is None else reward.clamp(-self.advantage_clip, self.advantage_clip)
         metrics = token_means(kl=-gap, clip_fraction=advantage != reward, discarded=~kept)
-        if self.alpha:
-            advantage = advantage + self.alpha * batch.signals["advantage"]
+        alpha = self.alpha_at(batch)
+        if alpha:
+            advantage = advantage + alpha * batch.signals["advantage"]
+        if self.alpha_end is not None:
+            metrics["alpha"] = (alpha, 1.0)
         loss = -total(weight * advantage * out.logp, batch, self.per)
         return loss, {**metrics, **drift(out, batch)}
 

@@ -269,6 +269,8 @@ class Loop:
         self.allowed = stage.budget.allowed(ctx) if stage.budget else math.inf
         self.total = stage.steps
         """steps in all, as far as it can be foreseen"""
+        self.progress = 0.0
+        """share of them that is over: 0 at the first and 1 at the last"""
         self.replays = Replays(stage.replay, ctx, self.policy.tokenizer, stage.seed)
         self._sharing = shares([stage.weights.get(d, 1.0) for d in self.pools], stage.prompts)
         self._shared = [[0] * len(self.pools)]  # prompts of each domain before step 0, 1, ...
@@ -319,6 +321,7 @@ class Loop:
     def _step(self, step: int) -> Verdict:
         stage, ctx, began = self.stage, self.ctx, time.monotonic()
         self.total = foreseen(step, stage.steps, ctx.cost.flops, self.allowed)
+        self.progress = min(1.0, step / max(1, self.total - 1))
         self.policy.refresh(step)
         if stage.staged:
             self.credit_context.teachers |= {d: stage.staged.now(self.turn, turns) for d, turns in self.turns.items()}
@@ -508,7 +511,10 @@ class Loop:
         from tutelage.credit.teacher import distinct
 
         teachers = self.credit_context.teachers
-        return {"teacher_heads": tuple(s.head for s in distinct(teachers))} if teachers else {}
+        extras: dict[str, Any] = {"progress": self.progress}
+        if "teacher_hidden" in self.stage.loss.needs():
+            extras["teacher_heads"] = tuple(s.head for s in distinct(teachers))
+        return extras
 
 
 def _by_chance(drawn: Sequence[Sample], counts: dict[str, int], seed: int) -> dict[str, list[list[Sample]]]:
