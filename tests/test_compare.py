@@ -60,7 +60,8 @@ def test_json_holds_everything_and_writes_no_page(say, home):
     code, out, _ = say("compare", "quickstart:base", "quickstart:student", "--json")
     assert code == 0
     body = json.loads(out)
-    assert set(body) == {"a", "b", "same", "arguments", "versions", "stages", "scores", "curves", "cost"}
+    assert set(body) == {"a", "b", "same", "arguments", "versions", "stages", "scores", "curves", "cost", "methods"}
+    assert body["methods"] is None
     assert len(body["scores"]["rows"]) == 4
     assert not (home / "reports" / "quickstart-1-base-and-quickstart-1-student.html").exists()
 

@@ -4,7 +4,7 @@
     python docs/results/tables.py write docs/results/NAME.md         fills what stands between its markers from NAME.json
 
 ``collect`` takes what `tutelage report --json` says of a run's rows, and what `tutelage compare --json` says of each row
-against the baseline row. A page holds ``<!-- accuracy -->``, ``<!-- paired -->`` and ``<!-- training -->`` lines, each ended by
+against the baseline row. A page holds the lines ``<!-- NAME -->`` it wants, of the names in `TABLES`, each ended by
 ``<!-- end -->``. Leaves out: what a table means; the page says that.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tutelage.report import compare, data, stats
-from tutelage.spec import UserError
+from tutelage.spec import UserError, suggest
 from tutelage.store import Store
 
 WATCHED = ("reward", "entropy", "temperature", "length", "informative_groups")
@@ -41,16 +41,20 @@ def collect(store: Store, run: str, baseline: str) -> dict[str, Any]:
                 ends.setdefault(stage, {})[metric] = values
     head = {k: found[k] for k in ("run", "recipe", "arguments", "seeds", "seconds")}
     cost = {n: {"flops": c["flops"], "tokens": c["tokens"]} for n, c in found["cost"]["by_stage"].items()}
-    return {**head, "baseline": baseline, "scores": found["scores"], "paired": pairs, "ends": ends, "cost": cost}
+    told = {"methods": found["methods"]} if found["methods"] else {}
+    return {**head, "baseline": baseline, "scores": found["scores"], "paired": pairs, "ends": ends, "cost": cost, **told}
 
 
 def accuracy(of: dict[str, Any]) -> str:
-    domains = list(next(iter(of["scores"].values()))["domains"])
+    domains = list(dict.fromkeys(d for row in of["scores"].values() for d in row["domains"]))
     lines = [["", *(f"{d}: mean (95 %), seeds {', '.join(map(str, of['seeds']))}" for d in domains)]]
     for row, found in of["scores"].items():
         cells = []
         for d in domains:
             one = found["domains"].get(d)
+            if not one:
+                cells.append("–")
+                continue
             low, high = one["interval"]
             seeds = ", ".join(f"{100 * s['mean']:.1f}" for s in one["seeds"])
             cells.append(f"{100 * one['mean']:.1f} ({100 * low:.1f} to {100 * high:.1f}): {seeds}")
@@ -65,7 +69,7 @@ def paired(of: dict[str, Any]) -> str:
             low, high = (100 * v for v in one["interval"])
             base, mine = ({s["seed"]: s["mean"] for s in one["seeds"][side]} for side in ("a", "b"))
             over, under = (sum((mine[s] - base[s]) * sign > 0 for s in mine if s in base) for sign in (1, -1))
-            test = [f"{one[k]:.3f}" if one[k] >= 0.001 else "<0.001" for k in ("p", "p_holm")]
+            test = [chance(one[k]) for k in ("p", "p_holm")]
             lines.append(
                 [row, one["domain"], f"{100 * one['difference']:+.1f} ({low:+.1f} to {high:+.1f})", f"{over} / {under}", *test]
             )
@@ -82,17 +86,101 @@ def training(of: dict[str, Any]) -> str:
     return table(lines)
 
 
+def methods(of: dict[str, Any]) -> str:
+    """Scores of the methods: means over the domains taught, against the reference, by domain, and what was lost elsewhere."""
+    found = of["methods"]
+    reference, before = found["reference"], (found["before"] or {}).get("row")
+    lines = [["method", "mean (95 %)", "seeds", f"minus {reference} (95 %)", "p, Holm", "recovery (95 %)", *found["taught"]]]
+    lines[0] += [f"{d}, minus {before}" for d in found["elsewhere"]]
+    for row, m in found["rows"].items():
+        minus, rec, mean = m["minus_reference"], m["recovery"], m["mean"]
+        cells = [
+            row,
+            spread(mean.get("mean"), mean.get("interval")),
+            ", ".join(percent(s["mean"]) for s in mean.get("seeds", ())),
+        ]
+        cells += [
+            spread(minus["difference"], minus["interval"], "+") if minus else "–",
+            chance(minus.get("p_holm")) if minus else "–",
+        ]
+        cells.append(spread(rec["mean"], rec["interval"]) if rec else "–")
+        cells += [percent(m["domains"].get(d, {}).get("mean")) for d in found["taught"]]
+        changes = (m["elsewhere"].get(d) for d in found["elsewhere"])
+        lines.append([*cells, *(spread(c["difference"], c["interval"], "+") if c else "–" for c in changes)])
+    for name, mean in (("routed oracle", found["oracle"]), (f"before: {before}", found["before"])):
+        if mean and mean.get("seeds"):
+            seeds = ", ".join(percent(s["mean"]) for s in mean["seeds"])
+            rest = [
+                percent(of["scores"][before]["domains"].get(d, {}).get("mean"))
+                for d in found["taught"]
+                if mean is found["before"]
+            ]
+            rest = (rest or ["–"] * len(found["taught"])) + ["–"] * len(found["elsewhere"])
+            lines.append([name, spread(mean["mean"], mean["interval"]), seeds, "–", "–", "–", *rest])
+    return table(lines)
+
+
+def ledgers(of: dict[str, Any]) -> str:
+    """What each method spent: TFLOP of one replicate, the mean over seeds and every seed."""
+    lines = [
+        ["method", "consolidation alone: mean, seeds", "with the teachers: mean, seeds", "trials, on no budget: mean, seeds"]
+    ]
+    for row, m in of["methods"]["rows"].items():
+        cells = []
+        for name in ("consolidation", "with_teachers", "trials"):
+            each = [tera(s[name]) for s in m["ledgers"]["seeds"]] if m["ledgers"] else []
+            cells.append(f"{tera(m['ledgers']['mean'][name])}: {', '.join(each)}" if each else "–")
+        lines.append([row, *cells])
+    return table(lines)
+
+
+def trials(of: dict[str, Any]) -> str:
+    """What was picked on the development split, and how every candidate did there."""
+    lines = [["method", "stage", "seed", "picked", "development scores, %"]]
+    for row, m in of["methods"]["rows"].items():
+        for one in m["picks"]:
+            scores = ", ".join(f"{label} {percent(dev)}" for label, dev in one["trials"].items())
+            lines.append([row, one["stage"], str(one["seed"]), one["candidate"], scores])
+    return table(lines)
+
+
+def percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def spread(value: float | None, interval: Any, sign: str = "") -> str:
+    """``61.5 (57.1 to 65.6)``"""
+    if value is None or not interval or None in interval:
+        return "–" if value is None else f"{100 * value:{sign}.1f}"
+    return f"{100 * value:{sign}.1f} ({100 * interval[0]:{sign}.1f} to {100 * interval[1]:{sign}.1f})"
+
+
+def chance(p: float | None) -> str:
+    return "–" if p is None else f"{p:.3f}" if p >= 0.001 else "<0.001"
+
+
+def tera(flops: float | None) -> str:
+    return "–" if flops is None else f"{flops / 1e12:.2f}"
+
+
 def table(lines: list[list[str]]) -> str:
     rule = ["---"] * len(lines[0])
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
+TABLES = {f.__name__: f for f in (accuracy, paired, training, methods, ledgers, trials)}
 
 
 def filled(page: Path) -> str:
     """The page with the tables that its JSON gives."""
     of = json.loads(page.with_suffix(".json").read_text("utf-8"))
     text = page.read_text("utf-8")
-    for name, make in (("accuracy", accuracy), ("paired", paired), ("training", training)):
-        fresh = f"<!-- {name} -->\n\n{make(of)}\n\n<!-- end -->"
+    for name in re.findall(r"^<!-- (\w+) -->$", text, re.MULTILINE):
+        if name == "end":
+            continue
+        if name not in TABLES:
+            raise UserError(f"{page} wants a table {name!r}{suggest(name, TABLES)}")
+        fresh = f"<!-- {name} -->\n\n{TABLES[name](of)}\n\n<!-- end -->"
         text = re.sub(rf"<!-- {name} -->\n.*?<!-- end -->", lambda _, fresh=fresh: fresh, text, flags=re.DOTALL)
     return text
 

@@ -42,8 +42,9 @@ def part(path: str, port: str) -> str:
 
     One of ``start`` | ``teacher`` | ``data`` | ``scored by`` | ``reference`` | ``budget``.
     """
+    field = path.lower() if not path.startswith("candidates.") else "candidates"  # whose labels are a recipe's own words
     for name, pattern in PATTERNS:
-        if pattern.search(path.lower()):
+        if pattern.search(field):
             return name
     return "start" if MODEL_PORT.search(port) else "data"
 

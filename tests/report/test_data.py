@@ -203,6 +203,7 @@ def test_a_teacher_that_is_not_the_one_measured_is_said(tmp_path):
         ("train", "rl", "data"),
         ("budget.1", "policy", "budget"),
         ("reference", "policy", "reference"),
+        ("candidates.half the teachers' budget", "policy", "start"),
     ],
 )
 def test_roles_of_edges(path, port, role):

@@ -35,14 +35,17 @@ def report(
     show(home, body["run"], bool(body["goals"][0]["record"].get("table")), console(), out)
 
 
-def check_out(path: Path) -> None:
+PAGES = (".html", ".htm")
+
+
+def check_out(path: Path, suffixes: tuple[str, ...] = PAGES) -> None:
     """Raises `UserError` where no file can be written, before anything is printed."""
     why = ""
     try:
         if path.is_dir():
             why = "it is a folder"
-        elif path.suffix.lower() not in (".html", ".htm"):
-            why = "it is an HTML page"
+        elif path.suffix.lower() not in suffixes:
+            why = "it is an HTML page" if suffixes == PAGES else f"it ends in none of {', '.join(suffixes)}"
         else:
             above = next(p for p in path.absolute().parents if p.exists())
             if not above.is_dir():

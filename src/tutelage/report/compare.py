@@ -8,7 +8,8 @@ differ nothing is paired, and that is said. An evaluation that both share is tol
 The interval is `stats.resample`'s, so it covers the choice of tasks and not the training seed, and so does the test: McNemar's
 for right and wrong at one seed, else random signs by task, seeds summed. Holm's correction is over all tests of a comparison.
 
-Leaves out: drawing (compare_show.py), more than two sides, and runs of several stores.
+Leaves out: drawing (compare_show.py), more than two sides but for methods of one run (`collect_methods`), and runs of several
+stores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import numpy as np
 from tutelage.ancestry import gather
 from tutelage.explain import classes, differences
 from tutelage.index import summaries
-from tutelage.report import data, stats
+from tutelage.report import data, methods, stats
+from tutelage.report.measures import Measures
 from tutelage.report.read import JSON, Replicate, Run, load, read_scores
 from tutelage.spec import UserError, suggest
 from tutelage.store import Store
@@ -47,6 +49,7 @@ class Side:
     scores: dict[Label, dict[int, Where]]
     head: str = ""
     """The stage that a row or artifact is of; none for a run."""
+    row: str = ""
     arguments: JSON = field(default_factory=dict)
     run: Run | None = None
     metas: dict[str, JSON] = field(default_factory=dict)
@@ -77,10 +80,8 @@ def side_of_row(store: Store, name: str, row: str) -> Side:
     whole = side_of_run(store, name)
     run = whole.run
     assert run is not None
+    need_row(run, row)
     rows = run.table.rows
-    if row not in rows:
-        fix = suggest(row, rows) if rows else f"; the run draws no table: compare {run.name} as a whole"
-        raise UserError(f"run {run.name!r} has no row {row!r}{fix}")
     source = run.first.source(row)
     assert source is not None
     # a row may measure another stage in each domain
@@ -92,7 +93,18 @@ def side_of_row(store: Store, name: str, row: str) -> Side:
             measured = whole.stages[measures[domain]].get(seed, "")
             scores.setdefault(("", domain, _how(whole.metas.get(where[0]), measured)), {})[seed] = where
     keys, records = {n: whole.stages[n] for n in whole.stages if n in line}, {n: whole.records[n] for n in line}
-    return _read(store, Side(f"{run.name}:{row}", "row", keys, records, scores, head=source.ref, arguments=whole.arguments))
+    return _read(
+        store,
+        Side(f"{run.name}:{row}", "row", keys, records, scores, head=source.ref, row=row, arguments=whole.arguments, run=run),
+    )
+
+
+def need_row(run: Run, row: str) -> None:
+    """Raises `UserError` where the table of a run has no such row."""
+    if row not in run.table.rows:
+        rows = run.table.rows
+        fix = suggest(row, rows) if rows else f"; the run draws no table: compare {run.name} as a whole"
+        raise UserError(f"run {run.name!r} has no row {row!r}{fix}")
 
 
 def side_of_artifact(store: Store, name: str, key: str, port: str) -> Side:
@@ -156,7 +168,7 @@ def collect(store: Store, a: Side, b: Side) -> JSON:
     """Everything a comparison says, as JSON. Raises `UserError` where a run meets something else.
 
     Keys: ``a`` and ``b`` (``name``, ``kind``), ``same``, ``arguments``, ``versions``, ``stages``, ``scores``, ``curves``,
-    ``cost``.
+    ``cost``, ``methods`` (of two rows that are methods of one run, else None).
     """
     for one, other in ((a, b), (b, a)):
         if one.kind == "run" and other.kind != "run":
@@ -178,8 +190,33 @@ def collect(store: Store, a: Side, b: Side) -> JSON:
             "scores": said,
             "curves": curves(store, a, b, pairs),
             "cost": cost(a, b, pairs),
+            "methods": _two_methods(store, a, b),
         }
     )
+
+
+def collect_methods(store: Store, run_name: str, rows: tuple[str, ...] = ()) -> JSON:
+    """The methods that a run's table names, against its ``after``; or these ``rows``, against the first of them.
+
+    Keys: ``run``, ``recipe``, ``seeds``, ``methods`` (methods.py). Raises `UserError`.
+    """
+    run = load(store, run_name)
+    for row in rows:
+        need_row(run, row)
+    metas = {k: store.meta(k) for r in run.replicates for k in r.keys.values() if store.has(k)}
+    found = methods.collect(run, Measures(store, run), metas, rows, rows[0] if rows else "")
+    if not found:
+        raise UserError(f"the table of run {run.name!r} names no methods; name a second run, or rows such as {run.name}:ROW")
+    head = {"run": run.name, "recipe": run.body.get("recipe"), "seeds": [r.seed for r in run.replicates]}
+    return data.plain({**head, "methods": found})
+
+
+def _two_methods(store: Store, a: Side, b: Side) -> JSON | None:
+    """Two rows that are methods of one run, as methods; else None."""
+    one, other = a.run, b.run
+    if not (one and other and one.name == other.name and a.row != b.row and {a.row, b.row} <= set(one.table.methods)):
+        return None
+    return collect_methods(store, one.name, (a.row, b.row))["methods"]
 
 
 def matched(a: Side, b: Side) -> list[tuple[str, str, str]]:
@@ -394,12 +431,12 @@ def _evaluation(side: Side, stage: str) -> bool:
 def ledgers(side: Side) -> list[tuple[str, JSON]]:
     """The sums of a side: a run's two ledgers and all its artifacts; a head's whole ancestry."""
     by_stage = {n: data.mean_cost(metas) for n in side.stages if (metas := side.stored(n))}
-    if side.run is None:
-        return [("with all it was made from", data.ledger(by_stage, sorted(by_stage)))]
+    if side.run is None or side.kind != "run":
+        return [("with all it was made from", data.ledger(by_stage, dict.fromkeys(by_stage, 1.0)))]
     names = {"consolidation": "ledger: consolidation alone", "with_teachers": "ledger: with the teachers"}
-    found = [(names[n], data.ledger(by_stage, sorted(of))) for n, of in data.ledger_stages(side.run).items()]
+    found = [(names[n], data.ledger(by_stage, of)) for n, of in data.ledger_stages(side.run, side.metas).items()]
     whole = {m["key"]: data.mean_cost([m]) for n in side.stages for m in side.stored(n)}
-    return [*found, ("the whole run, all seeds", data.ledger(whole, sorted(whole)))]
+    return [*found, ("the whole run, all seeds", data.ledger(whole, dict.fromkeys(whole, 1.0)))]
 
 
 def ratio(a: JSON, b: JSON) -> JSON:

@@ -6,15 +6,15 @@ Both say what `compare.collect` found and nothing else. Leaves out: what it mean
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from tutelage.explain import word
-from tutelage.report import plots, terminal
-from tutelage.report.html import save, span, template
+from tutelage.report import methods_show, plots, terminal
+from tutelage.report.html import compared, span, template
+from tutelage.report.methods_show import chance
 
 JSON = dict[str, Any]
 MANY = 8
@@ -27,11 +27,6 @@ PAIRED = (
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------
-
-
-def chance(p: float) -> str:
-    """A p-value."""
-    return "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 def names(found: list[str]) -> str:
@@ -111,6 +106,8 @@ def show(found: JSON, console: Console) -> None:
         return
     _specs(found, console)
     _scores(found, console)
+    if found["methods"]:
+        methods_show.show(found["methods"], console)
     _costs(found, console)
 
 
@@ -181,11 +178,6 @@ def cost_lines(each: JSON) -> list[tuple[str, str, str, str]]:
 # --- page ----------------------------------------------------------------------------------------------------------------
 
 
-def write(found: JSON, path: str | Path) -> Path:
-    """Writes the page and returns its path."""
-    return save(page(found), Path(path))
-
-
 def page(found: JSON) -> str:
     """The page as text."""
     made = template("compare.html")
@@ -196,7 +188,7 @@ def page(found: JSON) -> str:
         notes=notes(found),
         rows=list(filter(moved, found["scores"]["rows"])),
         paired=PAIRED,
-        chance=chance,
+        compared=compared(found["methods"]),
         pictures=pictures(found),
         costs=[(each["what"], cost_lines(each)) for each in found["cost"]],
     )

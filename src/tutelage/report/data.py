@@ -6,7 +6,8 @@ verifier gives); a task whose verifier failed keeps the value the evaluation wro
 counted under ``errors``. Costs are algorithmic FLOPs, tokens and seconds of one replicate (the mean over seeds), but for
 ``cost.run``, which adds each artifact of the run once.
 
-Leaves out: reading files (read.py), arithmetic of intervals (stats.py), drawing (terminal.py, html.py).
+Leaves out: reading files (read.py), what scores say (measures.py, methods.py), who is charged for what
+(ledgers.py), arithmetic of intervals (stats.py), drawing (terminal.py, html.py).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from tutelage.report import stats
-from tutelage.report.read import JSON, Edge, Measured, Run, Table, load, read_scores
-from tutelage.report.stats import Figure
+from tutelage.report import ledgers, measures, methods
+from tutelage.report.measures import Measures, mean_gap, score_entry
+from tutelage.report.read import JSON, Edge, Run, Table, load
 from tutelage.store import Store
 
 BINS = 100
@@ -33,8 +34,8 @@ def collect(store: Store, run_name: str) -> JSON:
     """Everything a report says of a run, as JSON. Raises `UserError` for an unknown run.
 
     Keys: ``run``, ``recipe``, ``state``, ``arguments``, ``argv``, ``started``, ``finished``, ``seconds``, ``seeds``,
-    ``warnings``, ``stages``, ``scores``, ``recovery``, ``gaps``, ``controls``, ``budgets``, ``lost_elsewhere``, ``cost``,
-    ``curves``, ``record``.
+    ``warnings``, ``stages``, ``scores``, ``recovery``, ``gaps``, ``controls``, ``budgets``, ``lost_elsewhere``, ``methods``,
+    ``cost``, ``curves``, ``record``.
     """
     run = load(store, run_name)
     measured = Measures(store, run)
@@ -53,6 +54,7 @@ def collect(store: Store, run_name: str) -> JSON:
         "controls": controls(run, measured),
         "budgets": budgets(run, metas),
         "lost_elsewhere": lost_elsewhere(run, measured),
+        "methods": methods.collect(run, measured, metas),
         "cost": cost(run, metas),
         "curves": curves(store, run),
         "record": run.first.record,
@@ -118,11 +120,12 @@ def checkpoint(run: Run, row: str) -> JSON:
     if source and source.ref in first.evaluations:  # nothing was measured but an answer, such as the majority's
         source = None
     parents = [e.label for e in first.parents(source.ref)] if source else []
+    trials = len(ledgers.candidates(first, source.ref)) if source else 0
     return {
         "row": row,
         "role": run.table.role(row),
         "stage": source.label if source else None,
-        "parent": " + ".join(parents) or None,
+        "parent": f"{trials} trials" if trials else " + ".join(parents) or None,
         "domains_taught": [d for d, r in run.table.teachers.items() if r == row],
         "keys": {str(r.seed): r.keys.get(source.ref) for r in run.replicates} if source else {},
     }
@@ -145,8 +148,9 @@ def warnings(run: Run) -> list[str]:
 def misnamed(table: Table) -> list[str]:
     """A line for every row that the table names and does not have, with the nearest it has."""
     named = [("before", table.before), ("after", table.after), *((f"teacher of {d!r}", r) for d, r in table.teachers.items())]
+    named += [(word, r) for word, rows in (("control", table.controls), ("method", table.methods)) for r in rows]
     found = []
-    for what, row in [*named, *(("control", r) for r in table.controls)]:
+    for what, row in named:
         if row and row not in table.rows and table.rows:
             near = difflib.get_close_matches(row, table.rows, n=1, cutoff=0.0)
             found.append(
@@ -156,53 +160,6 @@ def misnamed(table: Table) -> list[str]:
 
 
 # --- scores --------------------------------------------------------------------------------------------------------------
-
-
-Cell = tuple[int, str, str]
-"""seed, row, domain"""
-
-
-class Measures:
-    """Every score of a run, with paired bootstrap figures by (seed, row, domain)."""
-
-    def __init__(self, store: Store, run: Run):
-        table = run.table
-        self.rows = list(table.rows)
-        self.seeds = [r.seed for r in run.replicates]
-        self.raw: dict[Cell, Measured] = {}
-        read: dict[tuple[str, str, int | None], Measured | None] = {}
-        for each in run.replicates:
-            for row, by_domain in each.table.rows.items():
-                for domain, edge in by_domain.items():
-                    where = (each.keys.get(edge.ref, ""), edge.port, edge.step)
-                    if where not in read:
-                        read[where] = read_scores(store, *where)
-                    found = read[where]
-                    if found is not None and found.values:
-                        self.raw[each.seed, row, domain] = found
-        self.domains = list(dict.fromkeys([*table.teachers, *(d for row in table.rows.values() for d in row)]))
-        self.figures: dict[Cell, Figure] = {}
-        for domain in self.domains:
-            mine = {k: m.values for k, m in self.raw.items() if k[2] == domain}
-            drawn = stats.resample(domain, mine, {k: k[0] for k in mine})
-            self.figures.update({k: drawn[k] for k in mine})
-
-    def seeds_with(self, *cells: tuple[str, str]) -> list[int]:
-        """The seeds at which every (row, domain) has been measured."""
-        return [s for s in self.seeds if all((s, row, domain) in self.figures for row, domain in cells)]
-
-    def mean(self, row: str, domain: str, seeds: list[int]) -> Figure:
-        return stats.mean(self.figures[s, row, domain] for s in seeds)
-
-    def difference(self, row: str, than: str, domain: str) -> JSON | None:
-        """Paired ``row − than`` over the seeds that have both; None where none has."""
-        seeds = self.seeds_with((row, domain), (than, domain))
-        if not seeds:
-            return None
-        parts = {s: self.figures[s, row, domain] - self.figures[s, than, domain] for s in seeds}
-        both = stats.mean(parts.values())
-        shown = [{"seed": s, "difference": f.point, "interval": f.interval} for s, f in parts.items()]
-        return {"difference": both.point, "interval": both.interval, "seeds": shown}
 
 
 def scores(run: Run, measured: Measures) -> JSON:
@@ -218,83 +175,22 @@ def scores(run: Run, measured: Measures) -> JSON:
     return found
 
 
-def score_entry(raws: dict[int, Measured]) -> JSON:
-    """Mean over seeds; interval by Wilson at the number of distinct tasks."""
-    shown: list[JSON] = []
-    tasks: set[str] = set()
-    for seed, raw in raws.items():
-        values = np.fromiter(raw.values.values(), float)
-        tasks.update(raw.values)
-        interval = stats.mean_interval(float(values.mean()), float(values.var()), len(values))
-        shown.append({"seed": seed, "n": len(values), "mean": values.mean(), "interval": interval, "errors": raw.errors})
-    every = np.concatenate([np.fromiter(r.values.values(), float) for r in raws.values()])
-    middle = float(np.mean([s["mean"] for s in shown]))
-    return {
-        "n": len(tasks),
-        "mean": middle,
-        "interval": stats.mean_interval(middle, float(every.var()), len(tasks)),
-        "errors": sum(r.errors for r in raws.values()),
-        "seeds": shown,
-    }
-
-
 # --- what the scores say ---------------------------------------------------------------------------------------------------
 
 
 def recovery(run: Run, measured: Measures) -> JSON | None:
-    """The primary figure, its interval, every seed and every domain; None without a table.
-
-    ``mean``: over seeds, of Σ_d(after − before) / Σ_d(teacher − before) with no domain dropped; None while no seed is
-    measured whole, or where the summed gap of any seed has an interval that includes 0. ``domains``: accuracies are means
-    over seeds; the ratio is that of the sums over seeds, None where its gap's interval includes 0.
-    """
+    """The primary figure (`measures.recovery`) and whom it compares; None without a table."""
     before, after, teachers = run.table.before, run.table.after, run.table.teachers
     if not (before and after and teachers):
         return None
-    cells = {d: ((before, d), (t, d), (after, d)) for d, t in teachers.items()}
-    whole = measured.seeds_with(*(c for three in cells.values() for c in three))
-    figures, seeds = [], []
-    for seed in whole:
-        three = [[measured.figures[seed, *cells[d][i]] for d in cells] for i in range(3)]
-        primary = stats.recovery(*three)
-        figures.append(primary.ratio)
-        own = {d: ratio_entry(*([column[i]] for column in three)) for i, d in enumerate(cells)}
-        seeds.append({"seed": seed, **ratio_numbers(primary), "domains": own})
-    domains: JSON = {}
-    for domain, three_cells in cells.items():
-        at = measured.seeds_with(*three_cells)
-        if at:
-            domains[domain] = ratio_entry(*([measured.figures[s, *cell] for s in at] for cell in three_cells))
-    sure = [f for f in figures if f is not None]
-    both = stats.mean(sure) if sure and len(sure) == len(figures) else None
+    found = measures.recovery(measured, before, teachers, after)
     return {
-        "mean": both.point if both else None,
-        "interval": both.interval if both else None,
+        **found,
         "definition": "mean over seeds of sum(after - before) / sum(teacher - before) over all domains",
-        "seeds": seeds,
-        "seeds_missing": [s for s in measured.seeds if s not in whole],
-        "domains": domains,
         "before": checkpoint(run, before),
         "after": checkpoint(run, after),
         "teachers": {d: checkpoint(run, t) for d, t in teachers.items()},
     }
-
-
-def ratio_numbers(ratio: stats.Ratio) -> JSON:
-    return {
-        "recovery": ratio.ratio.point if ratio.ratio else None,
-        "interval": ratio.ratio.interval if ratio.ratio else None,
-        "gain": ratio.gain.point,
-        "gap": ratio.gap.point,
-        "gap_interval": ratio.gap.interval,
-    }
-
-
-def ratio_entry(before: list[Figure], teacher: list[Figure], after: list[Figure]) -> JSON:
-    """One domain over seeds: mean accuracies, and the ratio of sums (gain and gap as means over seeds)."""
-    means = [stats.mean(column) for column in (before, teacher, after)]
-    numbers = ratio_numbers(stats.recovery(*([m] for m in means)))
-    return {"before": means[0].point, "teacher": means[1].point, "after": means[2].point, **numbers}
 
 
 def gaps(run: Run, measured: Measures) -> list[JSON]:
@@ -311,22 +207,6 @@ def gaps(run: Run, measured: Measures) -> list[JSON]:
             if entry:
                 found.append({"of": who, "than": than, **entry})
     return found
-
-
-def mean_gap(measured: Measures, row_of: dict[str, str], than: str) -> JSON | None:
-    """The mean over domains of ``row_of[domain] − than``; None unless every domain has both at some seed."""
-    seeds = measured.seeds_with(*((r, d) for d, r in row_of.items()), *((than, d) for d in row_of))
-    if not seeds:
-        return None
-    figures = measured.figures
-    by_seed = {s: stats.mean(figures[s, r, d] - figures[s, than, d] for d, r in row_of.items()) for s in seeds}
-    both = stats.mean(by_seed.values())
-    return {
-        "difference": both.point,
-        "interval": both.interval,
-        "seeds": [{"seed": s, "difference": f.point, "interval": f.interval} for s, f in by_seed.items()],
-        "domains": {d: measured.difference(r, than, d) for d, r in row_of.items()},
-    }
 
 
 def controls(run: Run, measured: Measures) -> JSON:
@@ -378,11 +258,9 @@ def lost_elsewhere(run: Run, measured: Measures) -> JSON:
     for row in dict.fromkeys(teachers.values()):
         domains: JSON = {}
         for domain in measured.domains:
-            change = measured.difference(row, before, domain) if before and teachers.get(domain) != row else None
+            change = measured.change(row, before, domain) if before and teachers.get(domain) != row else None
             if change:
-                seeds = measured.seeds_with((row, domain), (before, domain))
-                ends = {"before": measured.mean(before, domain, seeds), "after": measured.mean(row, domain, seeds)}
-                domains[domain] = {**{k: f.point for k, f in ends.items()}, **change}
+                domains[domain] = change
         if domains:
             found[row] = domains
     return found
@@ -392,22 +270,18 @@ def lost_elsewhere(run: Run, measured: Measures) -> JSON:
 
 
 def cost(run: Run, metas: dict[str, JSON]) -> JSON:
-    """Cost by stage, the two ledgers, and what the whole run spent.
-
-    ``consolidation``: the student's stage, and any between it and the checkpoint before on the line it started from.
-    ``with_teachers``: everything the student needs that the checkpoint before did not: the teachers too.
-    """
+    """Cost by stage, the student's two ledgers (ledgers.py), and what the whole run spent."""
     first = run.first
     by_stage: JSON = {}
     for name in first.record.get("stages", {}):
         keys = [r.keys.get(name, "") for r in run.replicates if r.keys.get(name) in metas]
         if keys:
             by_stage[name] = {**mean_cost([metas[k] for k in keys]), "evaluation": name in first.evaluations}
-    ledgers = {n: ledger(by_stage, sorted(names)) for n, names in ledger_stages(run).items()}
+    sums = {n: ledger(by_stage, names) for n, names in ledger_stages(run, metas).items()}
     used = [m for k, m in metas.items() if any(k in r.keys.values() for r in run.replicates)]
     spent = {k: sum(m.get(k) or 0 for m in used) for k in ("seconds",)}
     flops = sum((m.get("cost") or {}).get("flops", 0.0) for m in used)
-    return {"by_stage": by_stage, "ledgers": ledgers, "run": {"flops": flops, **spent, "artifacts": len(used)}}
+    return {"by_stage": by_stage, "ledgers": sums, "run": {"flops": flops, **spent, "artifacts": len(used)}}
 
 
 def mean_cost(metas: list[JSON]) -> JSON:
@@ -420,35 +294,31 @@ def mean_cost(metas: list[JSON]) -> JSON:
     return {"flops": flops, "seconds": sum(m.get("seconds") or 0.0 for m in metas) / len(metas), "tokens": tokens}
 
 
-def ledger(by_stage: JSON, names: list[str]) -> JSON:
-    have = [by_stage[n] for n in names if n in by_stage]
-    kinds = sorted({k for c in have for k in c["tokens"]})
+def ledger(by_stage: JSON, names: JSON) -> JSON:
+    """The sum over ``names``: stage -> the share of replicates that are charged for it."""
+    have = {n: by_stage[n] for n in names if n in by_stage}
+    kinds = sorted({k for c in have.values() for k in c["tokens"]})
     return {
-        "stages": names,
-        "missing": [n for n in names if n not in by_stage],
-        "flops": sum(c["flops"] for c in have),
-        "seconds": sum(c["seconds"] for c in have),
-        "tokens": {k: sum(c["tokens"].get(k, 0) for c in have) for k in kinds},
+        "stages": sorted(names),
+        "missing": sorted(n for n in names if n not in by_stage),
+        "flops": sum(names[n] * c["flops"] for n, c in have.items()),
+        "seconds": sum(names[n] * c["seconds"] for n, c in have.items()),
+        "tokens": {k: sum(names[n] * c["tokens"].get(k, 0) for n, c in have.items()) for k in kinds},
     }
 
 
-def ledger_stages(run: Run) -> dict[str, set[str]]:
-    """Which stages each ledger adds; empty without a table, and without teachers."""
-    first, table = run.first, run.table
-    student, start = first.source(table.after), first.source(table.before)
-    if student is None or not table.teachers:
+def ledger_stages(run: Run, metas: dict[str, JSON]) -> dict[str, dict[str, float]]:
+    """Ledger -> stage -> the share of replicates that are charged for it; empty without a table, and without teachers."""
+    if not run.table.teachers:
         return {}
-    old = first.above(start.ref) if start else set()
-    line, each = [student.ref], student.ref
-    while start and each != start.ref:
-        parents = first.parents(each)
-        if not parents or parents[0].ref in line:
-            line = [student.ref]  # the student does not come from the checkpoint before: only its own stage counts
-            break
-        each = parents[0].ref
-        line.append(each)
-    mine = {n for n in line if not start or n != start.ref}
-    return {"consolidation": mine, "with_teachers": (first.above(student.ref) - old) | mine}
+    found: dict[str, dict[str, float]] = {}
+    for each in run.replicates:
+        mine = ledgers.parts(each, run.table.after, ledgers.facts_of(each, metas))
+        for name in ("consolidation", "with_teachers") if mine else ():
+            for stage in getattr(mine, name):
+                shares = found.setdefault(name, {})
+                shares[stage] = shares.get(stage, 0.0) + 1 / len(run.replicates)
+    return found
 
 
 # --- curves --------------------------------------------------------------------------------------------------------------

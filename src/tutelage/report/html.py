@@ -1,7 +1,8 @@
 """One self-contained HTML page of a run: inline styles and drawings, no scripts, nothing from a network.
 
-Everything the page says comes from `collect` and from the transcripts in the store; report.html arranges it and
-report.css colours it, light and dark. Every text of the run is escaped. Sections that have nothing to show say so.
+Everything the page says comes from `collect` and from the transcripts in the store; report.html arranges it in the frame of
+base.html and report.css colours it, light and dark. Every text of the run is escaped. Sections that have nothing to show
+say so; those of teachers and of methods are left out where the table names none.
 
 Leaves out: several runs side by side (compare_show.py), and interaction beyond opening and closing.
 """
@@ -17,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tutelage.report import graph, plots, terminal
+from tutelage.report import graph, methods_show, plots, scatter, terminal
 from tutelage.report.data import collect
 from tutelage.report.read import load, transcripts
 from tutelage.store import Store
@@ -78,7 +79,10 @@ def template(name: str) -> Any:
         points=points,
         span=span,
         moment=moment,
+        chance=methods_show.chance,
+        compute=methods_show.compute,
     )
+    env.tests["sure"] = methods_show.sure
     env.globals["css"] = Markup((folder / "report.css").read_text("utf-8"))
     return env.get_template(name)
 
@@ -99,11 +103,28 @@ def page(store: Store, run_name: str) -> str:
         accuracy=[(d, Markup(svg)) for d, svg in accuracy_plots(found)],
         plots=[{**p, "svg": Markup(p["svg"])} for p in curve_plots(found)],
         bars=bars(found),
+        compared=compared(found["methods"]),
         examples=[example(e) for e in transcripts(store, run)],
         lineup=[stage_row(s) for s in found["stages"] if not s["evaluation"]],
         evaluations=sum(s["evaluation"] for s in found["stages"]),
         resolved=json.dumps(found["record"], indent=1, ensure_ascii=False),
     )
+
+
+def methods_page(found: JSON) -> str:
+    """The page of a run's methods alone; ``found``: ``run``, ``recipe``, ``seeds`` and ``methods`` of `collect`."""
+    return str(template("methods.html").render(**found, compared=compared(found["methods"])))
+
+
+def compared(found: JSON | None) -> JSON | None:
+    """What a page says of methods beside their numbers: picture, words, baselines, seeds."""
+    from markupsafe import Markup
+
+    if not found:
+        return None
+    words = {k: getattr(methods_show, k)(found) for k in ("what", "baselines", "missing")}
+    lines = {"seeds": methods_show.seed_lines(found), "change": methods_show.domain_change}
+    return {"picture": Markup(scatter.draw(found)), **words, **lines}
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------

@@ -6,18 +6,16 @@ other files are light. Leaves out: ancestries of more than `LIMIT` stages.
 
 from __future__ import annotations
 
-import re
 import time
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from tutelage.ancestry import Ancestry
-from tutelage.report import graph
+from tutelage.report import graph, plots
 from tutelage.report.graph import LIMIT, Drawing, Link, Node
 from tutelage.spec import UserError
 
-STYLE = Path(__file__).with_name("report.css")
 SUFFIXES = (".svg", ".png", ".pdf", ".html")
 PARTS = {"parent": "start", "sampler": "start", "measured": "start", "selection": "data"}
 """How edges look whose role is told apart further than the report's graph does."""
@@ -77,7 +75,7 @@ def page(of: Ancestry, drawing: Drawing) -> str:
     note = "Point at a stage for its key, date, cost, host, code and content hashes."
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Ancestry of {name}</title><style>{STYLE.read_text('utf-8')}\n"
+        f"<title>Ancestry of {name}</title><style>{plots.STYLE.read_text('utf-8')}\n"
         f"main{{max-width:none;overflow-x:auto}}.graph{{margin:0}}</style></head>"
         f'<body><header style="max-width:none"><h1>Ancestry of {name}</h1><p class="soft">{note}</p></header>'
         f"<main>{drawn}</main></body></html>\n"
@@ -94,7 +92,7 @@ def paint(drawing: Drawing, path: Path) -> None:
     from matplotlib.figure import Figure
 
     graph.arrange(drawing)
-    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", STYLE.read_text("utf-8").partition("}")[0]))
+    colours = plots.light()
     (r, g, b), (red, green, blue) = to_rgb(colours["grey"]), to_rgb(colours["card"])
     colours["faint"] = to_hex(((r + red) / 2, (g + green) / 2, (b + blue) / 2))  # no alpha: lines lie on one another
     width, height = drawing.size

@@ -12,8 +12,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any, Literal
 
+STYLE = Path(__file__).with_name("report.css")
 SERIES = ("blue", "orange", "green", "pink", "ink", "sky", "red", "gold")
 """Colours of series; further ones take the same again, dashed."""
 ROLES = {"after": "blue", "teacher": "orange", "other": "orange", "control": "pink"}
@@ -80,7 +82,7 @@ def lines(title: str, series: Sequence[Line], unit: str = "step") -> str:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.text(1, -0.19, unit, transform=axes.transAxes, color=STAND_INS["soft"], ha="right")
         said = f"{title} over {unit}: " + ", ".join(dict.fromkeys(s.name for s in series if s.points))
-        return _svg(axes, said, [line.name for line in drawn])
+        return svg(axes.figure, said, [line.name for line in drawn])
 
 
 def dots(title: str, rows: Sequence[Dot], top: float = 1.0) -> str:
@@ -103,7 +105,7 @@ def dots(title: str, rows: Sequence[Dot], top: float = 1.0) -> str:
             for each in (made, *marks):
                 each.set(gid=f"title{i}", clip_on=False, alpha=0.5 if other else None)
         titles = [f"{r.name}: {100 * r.mean:.1f} ({100 * r.low:.1f} to {100 * r.high:.1f})" for r in rows]
-        return _svg(axes, f"{title}: " + "; ".join(f"{r.name} {100 * r.mean:.1f} %" for r in rows), titles)
+        return svg(axes.figure, f"{title}: " + "; ".join(f"{r.name} {100 * r.mean:.1f} %" for r in rows), titles)
 
 
 def _axes(grid: Literal["x", "y"], width: float, height: float, left: float, right: float, top: float, bottom: float) -> Any:
@@ -120,13 +122,18 @@ def _axes(grid: Literal["x", "y"], width: float, height: float, left: float, rig
     return axes
 
 
-def _svg(axes: Any, said: str, titles: list[str]) -> str:
+def light() -> dict[str, str]:
+    """The style sheet's colours on a light page, for files that follow no reader's theme."""
+    return dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", STYLE.read_text("utf-8").partition("}")[0]))
+
+
+def svg(figure: Any, said: str, titles: list[str]) -> str:
     """The figure as an ``<svg>`` that can stand beside others in a page; ``titles`` are for artists called title0, ..."""
     from matplotlib import rc_context
 
     out = io.StringIO()
     with rc_context({"svg.hashsalt": said}), warnings.catch_warnings(action="ignore"):  # letters that its font lacks
-        axes.figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = out.getvalue().partition("</defs>")[2].rpartition("</svg>")[0]  # the first defs would style the whole page
 
     def tag(found: re.Match[str]) -> str:
@@ -137,5 +144,5 @@ def _svg(axes: Any, said: str, titles: list[str]) -> str:
         return short if not named else f"<g><title>{escape(titles[int(named[1])])}</title>" if named[1] else "<g>"
 
     text = re.sub(r">\s+<", "><", re.sub(r"<[^>]+>", tag, text)).strip()
-    size = "{:.0f} {:.0f}".format(*72 * axes.figure.get_size_inches())
+    size = "{:.0f} {:.0f}".format(*72 * figure.get_size_inches())
     return f'<svg class="plot" viewBox="0 0 {size}" role="img" aria-label="{escape(said)}">{text}</svg>'

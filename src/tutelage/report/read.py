@@ -59,14 +59,15 @@ class Table:
     teachers: dict[str, str] = field(default_factory=dict)
     """domain -> row"""
     controls: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     sources: dict[str, Edge] = field(default_factory=dict)
     """row -> the checkpoint it measures"""
 
     def role(self, row: str) -> str:
-        """``before`` | ``after`` | ``teacher`` | ``control`` | nothing"""
+        """``before`` | ``after`` | ``teacher`` | ``control`` | ``method`` | nothing"""
         named = {self.before: "before", self.after: "after"}
         teacher = "teacher" if row in self.teachers.values() else ""
-        return named.get(row) or teacher or ("control" if row in self.controls else "")
+        return named.get(row) or teacher or ("control" if row in self.controls else "method" if row in self.methods else "")
 
 
 def as_table(record: JSON) -> Table:
@@ -77,6 +78,7 @@ def as_table(record: JSON) -> Table:
         raw.get("after") or "",
         raw.get("teachers") or {},
         tuple(raw.get("controls") or ()),
+        tuple(raw.get("methods") or ()),
         {r: as_edge(r, e) for r, e in (raw.get("sources") or {}).items()},
     )
 
@@ -104,6 +106,12 @@ class Replicate:
         named = {e.ref for row in self.table.rows.values() for e in row.values()}
         stages = self.record.get("stages", {})
         return {n for n, s in stages.items() if n in named or ".evaluate." in str(s.get("kind", ""))}
+
+    @cached_property
+    def one_name(self) -> dict[str, str]:
+        """stage -> the first stage that is the same artifact: equal stages may go by several names"""
+        first: dict[str, str] = {}
+        return {n: first.setdefault(self.keys.get(n) or n, n) for n in self.record.get("stages", {})}
 
     def parents(self, stage: str) -> list[Edge]:
         """What a stage starts from."""

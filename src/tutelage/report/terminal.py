@@ -1,4 +1,4 @@
-"""A run's tables in the terminal, readable at 80 columns: recovery, accuracy by domain, losses elsewhere, cost.
+"""A run's tables in the terminal, readable at 80 columns: accuracy by domain, recovery, methods, losses elsewhere, cost.
 
 Every column and row names its stage and what that stage started from; every seed's figure is printed; wherever a mean
 over domains is shown, the domains stand beside it. Leaves out: curves, transcripts and the graph (html.py).
@@ -27,11 +27,15 @@ TASKS_ONLY = "± over tasks only; it does not cover the training seed"
 
 def show(store: Store, run_name: str, console: Console) -> None:
     """Prints what is known of a run. Raises `UserError` for an unknown run."""
+    from tutelage.report import methods_show  # which prints with the words of this file
+
     found = collect(store, run_name)
     head(found, console)
     if found["scores"]:
         accuracy(found, console)
         recovery(found, console)
+        if found["methods"]:
+            methods_show.show(found["methods"], console)
         comparisons(found, console)
         elsewhere(found, console)
     else:
