@@ -388,6 +388,16 @@ def test_the_card_names_base_parent_teachers_data_and_their_content(store):
     assert set(front(card(store, store.meta(key_of("merged")), "policy"))["base_model"]) == {"Org/Some-7B", "other"}
 
 
+def test_the_card_of_whatever_came_from_a_quantised_file_says_so(store):
+    small(store)
+    assert "dequantised" not in card(store, store.meta(key_of("mopd")), "policy")
+    made = {"record": {"kind": "stages.gguf.FromGGUF", "path": "a/tiny.gguf"}, "facts": {"dequantised": {"F32": 5, "Q4_1": 14}}}
+    put(store, "base", {"policy": {**MODEL, "base_key": "b"}}, **made)
+    text = card(store, store.meta(key_of("mopd")), "policy")
+    assert front(text)["base_model"] == "tiny.gguf"
+    assert "- `base` was dequantised to fp32, once, from a file with 5 tensors of F32, 14 tensors of Q4_1" in text.splitlines()
+
+
 def test_the_card_of_an_adapter_names_the_model_it_fits(store):
     small(store)
     put(

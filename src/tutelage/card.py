@@ -167,6 +167,10 @@ def _making(of: Ancestry) -> Iterator[str]:
         + f", {human_time(meta['seconds'])}"
     )
     yield f"- with all it was made from: {count(len(all_of), 'stage')}, {si(spent)}FLOP, {human_time(took)}"
+    for each in all_of:
+        if types := each.get("facts", {}).get("dequantised"):
+            had = ", ".join(f"{n} tensors of {name}" for name, n in types.items())
+            yield f"- `{_plain(each['name'])}` was dequantised to fp32, once, from a file with {had}"
     yield f"- code: {meta['code']}; {versions}"
     yield f"- finished: {made} on {meta['host']}, {count(meta['threads'], 'thread')}"
     yield from (f"- key: {of.root}", "")

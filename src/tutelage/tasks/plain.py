@@ -23,10 +23,10 @@ def _instructed(item: Item | None) -> Item | None:
 class PlainSum(Sum):
     """``47 + 85 = ?`` -> ``132``. Levels: digits."""
 
-    levels: tuple[int, int] = (1, 4)
+    levels: tuple[int, int] = (1, 3)
     easy: tuple[int, int] = (1, 2)
-    asked: tuple[int, int] = (2, 4)
-    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)
+    asked: tuple[int, int] = (2, 3)
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def put(self, entry: dict[str, Any]) -> tuple[str, str, str] | None:
         found = super().put(entry)
