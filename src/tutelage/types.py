@@ -79,6 +79,8 @@ class Sample:
     task: Task | None = None
     group: str = ""
     """Samples of one prompt that share a baseline."""
+    pair: str = ""
+    """Two samples side by side that share it are compared, the preferred one first; empty where nothing is."""
     signals: dict[str, Signal] = field(default_factory=dict)
     """``behaviour_logp``, ``teacher_logp``, ``advantage``, ..."""
     scalars: dict[str, float] = field(default_factory=dict)
@@ -118,9 +120,11 @@ class Batch:
     """int [M]: where in [0, N) the trained tokens lie, ascending"""
     trow: Any
     """int [M]: the row of each trained token"""
+    pair: Any = None
+    """int [R]: rows of one number are a pair, the preferred one first; -1 where nothing is compared"""
     signals: dict[str, Any] = field(default_factory=dict)
     """name -> [M, ...]"""
     counts: dict[str, float] = field(default_factory=dict)
-    """``tokens`` (M) and ``rows`` (R) over the *global* batch: what losses are divided by."""
+    """``tokens`` (M), ``rows`` (R) and ``pairs`` over the *global* batch: what losses are divided by."""
     extras: dict[str, Any] = field(default_factory=dict)
     """Objects that a loss asked for by name, such as ``teacher_heads``."""

@@ -303,3 +303,10 @@ def test_a_file_and_a_verifier_are_enough_for_sft_rl_and_evaluation(file, tmp_pa
     store = Store(tmp_path / "s")
     make(scores, store)
     assert {t.domain for t in read_tasks(store.path(key(data), "heldout"))} == {"even", "odd"}
+
+
+def test_a_domain_that_is_no_text_is_a_bad_row_and_none_of_the_domains(tmp_path):
+    path = lines(tmp_path / "d.jsonl", {"prompt": "a", "domain": "x"}, {"prompt": "b", "domain": ["y"]})
+    stage = Files(name="f", path=str(path), skip_bad_rows=True)
+    assert stage.infer(Types())["data"].domains == ("x",)
+    assert len(made(stage, tmp_path)[1]["data"]) == 1

@@ -11,20 +11,33 @@ from tutelage.types import Batch, Sample
 
 
 def counts(samples: Sequence[Sample]) -> dict[str, float]:
-    """Global counts that losses are divided by: ``tokens`` (trained) and ``rows``."""
-    return {"tokens": float(sum(int(s.mask.sum()) for s in samples)), "rows": float(len(samples))}
+    """Global counts that losses are divided by: ``tokens`` (trained), ``rows`` and ``pairs``."""
+    tokens = sum(int(s.mask.sum()) for s in samples)
+    return {"tokens": float(tokens), "rows": float(len(samples)), "pairs": sum(bool(s.pair) for s in samples) / 2}
+
+
+def atoms(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """What must stay in one micro-batch: a pair's two samples, which lie side by side, or a sample alone."""
+    found: list[list[Sample]] = []
+    for sample in samples:
+        if sample.pair and found and len(found[-1]) == 1 and found[-1][0].pair == sample.pair:
+            found[-1].append(sample)
+        else:
+            found.append([sample])
+    return found
 
 
 def split(samples: Sequence[Sample], limit: int) -> list[list[Sample]]:
-    """Micro-batches of at most ``limit`` tokens (or one sample), in order of length so that attention pads little."""
+    """Micro-batches of at most ``limit`` tokens (or one of `atoms`), in order of length so that attention pads little."""
     parts: list[list[Sample]] = []
     size = limit + 1
-    for sample in sorted(samples, key=lambda s: len(s.tokens)):
-        if size + len(sample.tokens) > limit:
+    for atom in sorted(atoms(samples), key=lambda atom: max(len(s.tokens) for s in atom)):
+        tokens = sum(len(s.tokens) for s in atom)
+        if size + tokens > limit:
             parts.append([])
             size = 0
-        parts[-1].append(sample)
-        size += len(sample.tokens)
+        parts[-1] += atom
+        size += tokens
     return parts
 
 
@@ -45,6 +58,7 @@ def collate(samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[s
         pos=np.concatenate([np.arange(n) for n in lengths]),
         index=np.concatenate([s.trained + a for s, a in zip(samples, starts, strict=True)]),
         trow=np.repeat(np.arange(len(samples)), [int(s.mask.sum()) for s in samples]),
+        pair=np.array([i if s.pair else -1 for i, atom in enumerate(atoms(samples)) for s in atom]),
         signals=signals,
         counts=counts(samples),
         extras=dict(extras or {}),

@@ -131,7 +131,7 @@ class Learner:
         """`collate`, as tensors on the model's device."""
         batch = collate(samples, needs, extras)
         to = lambda x: torch.from_numpy(np.ascontiguousarray(x)).to(self.model.device)  # noqa: E731
-        for name in ("tokens", "row", "pos", "index", "trow"):
+        for name in ("tokens", "row", "pos", "index", "trow", "pair"):
             setattr(batch, name, to(getattr(batch, name)))
         batch.signals = {k: to(v) for k, v in batch.signals.items()}
         return batch

@@ -34,7 +34,7 @@ class Output(Protocol):
 class Loss(Spec):
     """Base of all losses. The learner divides the sum by the *global* count named by ``per``."""
 
-    per: ClassVar[Literal["tokens", "rows"]] = "tokens"
+    per: ClassVar[Literal["tokens", "rows", "pairs"]] = "tokens"
 
     def needs(self) -> frozenset[str]:
         """Names of the signals that data, credit or a scorer must give."""

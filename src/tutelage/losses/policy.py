@@ -26,8 +26,8 @@ from tutelage.losses.ratio import LIMIT, like_to_like
 from tutelage.types import Batch
 
 
-def total(values: Any, batch: Batch, per: Literal["tokens", "rows"]) -> Any:
-    """Sum of ``values`` [M] over tokens, or over rows of the mean over each row's trained tokens (1/|y|). Scalar."""
+def total(values: Any, batch: Batch, per: Literal["tokens", "rows", "pairs"]) -> Any:
+    """Sum of ``values`` [M] over tokens, or else over rows of the mean over each row's trained tokens (1/|y|). Scalar."""
     if per == "tokens":
         return values.sum()
     lengths = batch.trow.bincount()  # [R]

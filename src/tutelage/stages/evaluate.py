@@ -38,6 +38,23 @@ def need_model(types: Callable[[At], Type], model: At, heads: tuple[str, ...] = 
     return found
 
 
+def need_same_ids(
+    who: str, at: At, types: Callable[[At], Type], model: ModelType, heads: tuple[str, ...] = ("causal",)
+) -> ModelType:
+    """The type of a model that scores what ``model`` reads or writes. Raises `SpecError` where the two see other ids."""
+    asked = need_model(types, at, heads)
+    for what, mine, other in (
+        ("tokenizer", model.tokenizer_key, asked.tokenizer_key),
+        ("chat template", model.template_key, asked.template_key),
+    ):
+        if mine != other:
+            raise SpecError(
+                f"{who}, {at.of.name!r}, has another {what} ({other[:8]}) than the student "
+                f"({mine[:8]}): both must see the same ids; give both the same tokenizer and template"
+            )
+    return asked
+
+
 def _row(sample: Sample) -> dict[str, Any]:
     task, score = sample.task, sample.score
     assert task is not None

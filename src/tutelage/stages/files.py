@@ -34,6 +34,7 @@ class Files(Stage):
     """Reads ``path``, a file or a folder of ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``; keyed by its content."""
 
     verb: ClassVar[str] = "reads"
+    version: ClassVar[int] = 2
 
     path: str = outside()
     columns: dict[str, str] = {}
@@ -91,8 +92,8 @@ class Files(Stage):
         if name is None:
             return shape, (self.domain,), 0
         named = [first.get(name), *(record.get(name) for _, record in found)]
-        domains = {self.domain if d is None else d for d in named}
-        return shape, tuple(sorted(d for d in domains if isinstance(d, str))), len(named)
+        domains = {self.domain if d is None else d for d in named if d is None or isinstance(d, str)}
+        return shape, tuple(sorted(domains)), len(named)
 
     def _parsed(self, skipped: list[BadRow]) -> Iterator[tuple[str, dict[str, Any]]]:
         """(where, record) of every row that parses; those that do not are added to ``skipped``. Raises `BadRow`."""

@@ -1,10 +1,12 @@
-"""Fit: the offline loop. Batches come from a dataset: pretraining on documents, SFT on worked answers.
+"""Fit: the offline loop. Batches come from a dataset: pretraining on documents, SFT on worked answers, DPO on pairs.
 
 With a `Selection` it measures itself on development tasks as it goes, keeps its best checkpoint and stops where nothing
 improves any more. With a ``budget`` it trains until it has spent what the named stages spent (budget.py), so that a control
 is given exactly the compute of what it is compared with.
 
-Leaves out: preference losses (pairs) and mixtures of datasets.
+A loss over pairs reads ``prompt``, ``chosen``, ``rejected`` rows, and a batch is then of so many pairs (preference.py).
+
+Leaves out: mixtures of datasets.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from tutelage.model.lora import Adapter
 from tutelage.rollout.base import Sampling
 from tutelage.spec import Spec, SpecError, UserError
 from tutelage.stages.budget import Budget, foreseen
-from tutelage.stages.evaluate import need_domain, need_model
+from tutelage.stages.evaluate import need_domain, need_model, need_same_ids
 from tutelage.text.template import Chat, Document, Template
 from tutelage.types import Sample
 
@@ -59,6 +61,8 @@ class Fit(Stage):
     template: Template = Chat()
     """`Chat` trains the replies of ``prompt``/``completion`` rows, `Document` the whole ``text``."""
     loss: Loss = NLL()
+    reference: At | None = None
+    """The policy that a preference loss is measured against, usually the one that ``model`` is."""
     adapter: Adapter | None = None
     """What is trained in place of all weights."""
     optimizer: AdamW | Muon = AdamW()
@@ -67,7 +71,7 @@ class Fit(Stage):
     """bound on the gradient's norm; 0 does not bound it"""
     steps: int = Field(100, ge=1)
     rows: int = Field(64, ge=1)
-    """the global batch"""
+    """the global batch; with a loss over pairs, pairs"""
     budget: Budget | None = None
     """Compute that bounds this stage; ``steps`` bounds it still."""
     select: Selection | None = None
@@ -78,12 +82,13 @@ class Fit(Stage):
     micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
-        model, data = need_model(types, self.model), need_examples(types, self.data, self.template)
+        model, data = need_model(types, self.model), need_examples(types, self.data, self.template, self.loss)
+        need_reference(types, self.reference, model, self.loss)
         if self.select:
             for domain in getattr(types(self.select.tasks), "domains", ("",)):
                 need_domain(types, self.select.tasks, domain)
         need_series(self.checkpoints, self.steps, ends_early=bool(self.budget or (self.select and self.select.patience)))
-        missing = self.loss.needs() - set(data.signals)
+        missing = self.loss.needs() - set(data.signals) - {"ref_logp"}
         if missing:
             raise SpecError(f"loss {self.loss.kind()} needs signals that the data lacks: {', '.join(sorted(missing))}")
         if self.budget:
@@ -96,8 +101,9 @@ class Fit(Stage):
     def estimate(self, types: Callable[[At], Type]) -> float:
         if self.budget:
             return self.budget.estimate(types)
-        each = 4.0 if self.adapter else 6.0
-        return each * need_model(types, self.model).params * self.steps * self.rows * TOKENS_GUESS
+        tokens = float(self.steps * self.rows * TOKENS_GUESS * (2 if self.loss.per == "pairs" else 1))
+        asked = 2.0 * need_model(types, self.reference).params if self.reference else 0.0
+        return tokens * ((4.0 if self.adapter else 6.0) * need_model(types, self.model).params + asked)
 
     def run(self, ctx: Any) -> None:
         _Fitting(self, ctx).run()
@@ -125,14 +131,30 @@ def trained_type(model: ModelType, at: At, adapter: Adapter | None, optimizer: A
     return replace(model, adapter=True, base_key=base)
 
 
-def need_examples(types: Callable[[At], Type], at: At, template: Template) -> DataType:
+def need_examples(types: Callable[[At], Type], at: At, template: Template, loss: Loss) -> DataType:
     """The type of a dataset that a template can make examples of. Raises `SpecError` naming the columns it lacks."""
     data = types(at)
-    need = ("text",) if isinstance(template, Document) else ("prompt", "completion")
+    need: tuple[str, ...] = ("text",) if isinstance(template, Document) else ("prompt", "completion")
+    if loss.per == "pairs":
+        need = ("prompt", "chosen", "rejected")
+        if isinstance(template, Document):
+            raise SpecError(f"loss {loss.kind()} compares replies, and template Document has none; set template to Chat")
     if not isinstance(data, DataType) or not set(need) <= set(data.columns):
         has = ", ".join(getattr(data, "columns", ())) or "no columns"
         raise SpecError(f"data needs columns {', '.join(need)}; {at.of.name}.{at.port} has {has}")
     return data
+
+
+def need_reference(types: Callable[[At], Type], at: At | None, model: ModelType, loss: Loss) -> None:
+    """Raises `SpecError` where a loss lacks its reference, has none to ask, or would read other ids than it."""
+    if at:
+        need_same_ids("the reference", at, types, model)
+    if bool(at) != ("ref_logp" in loss.needs()):
+        raise SpecError(
+            f"reference is given, but loss {loss.kind()} is measured against none; leave reference out"
+            if at
+            else f"loss {loss.kind()} is measured against a reference; set reference to a policy, usually that of model"
+        )
 
 
 def examples(ctx: Any, at: At, template: Template, tokenizer: Any) -> list[Sample]:
@@ -165,15 +187,22 @@ class _Fitting:
     """The state of one running `Fit`."""
 
     def __init__(self, stage: Fit, ctx: Any):
-        from tutelage.learn.learner import Learner
+        from tutelage.learn.learner import Learner, Scorers
         from tutelage.rollout.policy import Policy
+        from tutelage.stages.preference import References, pairs
         from tutelage.text.rows import read_tasks
 
         self.stage, self.ctx = stage, ctx
         self.policy = Policy(ctx.input(stage.model), slots=256, adapter=stage.adapter, seed=stage.seed)
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
-        self.samples = examples(ctx, stage.data, stage.template, self.policy.tokenizer)
+        self.each = 2 if stage.loss.per == "pairs" else 1  # samples of a row
+        read: Callable[..., list[Sample]] = pairs if self.each == 2 else examples
+        self.samples = read(ctx, stage.data, stage.template, self.policy.tokenizer)
+        self.references: References | None = None
+        if stage.reference:
+            scorer = Scorers(vocab).of(ctx.input(stage.reference), stage.reference.of.name)
+            self.references = References(scorer, self.samples)
         self.allowed = stage.budget.allowed(ctx) if stage.budget else math.inf
         self.best: dict[str, Any] = {"score": -1.0, "step": 0}
         if stage.select:
@@ -192,6 +221,8 @@ class _Fitting:
         if folder:
             state = torch.load(folder / "state.pt")
             self.learner.restore(state["learner"])
+            if self.references:
+                self.references.restore(state["references"])
             self.best = state["best"]
         elif stage.select:
             self._trial(0)
@@ -210,7 +241,10 @@ class _Fitting:
 
     def _step(self, step: int) -> None:
         stage, ctx = self.stage, self.ctx
-        rows = [self.samples[i] for i in batch_order(len(self.samples), stage.rows, step, stage.seed)]
+        order = batch_order(len(self.samples) // self.each, stage.rows, step, stage.seed)
+        rows = [self.samples[i * self.each + k] for i in order for k in range(self.each)]
+        if self.references:
+            self.references.annotate(rows, ctx.cost)
         metrics = self.learner.forward_backward(rows, stage.loss)
         metrics |= self.learner.step(stage.schedule.factor(step, foreseen(step, stage.steps, ctx.cost.flops, self.allowed)))
         tokens = sum(len(r.tokens) for r in rows)
@@ -247,7 +281,8 @@ class _Fitting:
     def _save(self, folder: Path) -> None:
         import torch
 
-        torch.save({"learner": self.learner.state(), "best": self.best}, folder / "state.pt")
+        more = {"references": self.references.state()} if self.references else {}
+        torch.save({"learner": self.learner.state(), "best": self.best, **more}, folder / "state.pt")
 
 
 def batch_order(n: int, size: int, step: int, seed: int) -> list[int]:

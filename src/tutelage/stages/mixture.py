@@ -48,7 +48,7 @@ class Replay(Spec):
 def need_replays(types: Callable[[At], Type], replays: Sequence[Replay]) -> None:
     """Raises `SpecError` for data without the columns, and for data named twice."""
     for replay in replays:
-        need_examples(types, replay.data, replay.template)
+        need_examples(types, replay.data, replay.template, replay.loss)
     labels = [r.label for r in replays]
     twice = sorted({name for name in labels if labels.count(name) > 1})
     if twice:

@@ -38,7 +38,7 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError, suggest
 from tutelage.stages.budget import Budget, foreseen
 from tutelage.stages.curriculum import Curriculum
-from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
+from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model, need_same_ids
 from tutelage.stages.fit import need_series, run_order, trained_type
 from tutelage.stages.health import Health, Step, Verdict, repetition, watched
 from tutelage.stages.mixture import Replay, Replays, need_replays, need_weights, replay_tokens, shares
@@ -125,7 +125,7 @@ class Online(Stage):
             need_domain(types, self.tasks, domain)
         self._check_teachers(types, model)
         if self.reference:
-            self._check_ids("the reference", self.reference, types, model)
+            need_same_ids("the reference", self.reference, types, model)
         self._check_signals()
         if self.resample and self.group == 1:
             raise SpecError("resample looks for groups whose rewards differ, but group is 1; set group to 2 or more")
@@ -169,24 +169,9 @@ class Online(Stage):
             if domain not in self.teachers:
                 raise SpecError(f"domain {domain!r} has no teacher{suggest(domain, self.teachers)}")
         for domain, at in self.teachers.items():
-            self._check_ids(f"the teacher of {domain!r}", at, types, model)
+            need_same_ids(f"the teacher of {domain!r}", at, types, model)
         if self.staged:
-            self.staged.check(self.teachers, self.steps, lambda who, at: self._check_ids(who, at, types, model))
-
-    def _check_ids(
-        self, who: str, at: At, types: Callable[[At], Type], model: ModelType, heads: tuple[str, ...] = ("causal",)
-    ) -> ModelType:
-        asked = need_model(types, at, heads)
-        for what, mine, other in (
-            ("tokenizer", model.tokenizer_key, asked.tokenizer_key),
-            ("chat template", model.template_key, asked.template_key),
-        ):
-            if mine != other:
-                raise SpecError(
-                    f"{who}, {at.of.name!r}, has another {what} ({other[:8]}) than the student "
-                    f"({mine[:8]}): both must see the same ids; give both the same tokenizer and template"
-                )
-        return asked
+            self.staged.check(self.teachers, self.steps, lambda who, at: need_same_ids(who, at, types, model))
 
     def _check_signals(self) -> None:
         have = set(self.brings)

@@ -27,7 +27,7 @@ from tutelage.losses.base import Loss
 from tutelage.losses.policy import DAPO
 from tutelage.losses.value import ClippedValue
 from tutelage.spec import SpecError
-from tutelage.stages.evaluate import REPLY_GUESS, need_model
+from tutelage.stages.evaluate import REPLY_GUESS, need_model, need_same_ids
 from tutelage.stages.online import SAMPLED, Loop, Online
 from tutelage.types import Sample
 
@@ -53,7 +53,7 @@ class PPO(Online):
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
         made = super().infer(types)
-        begun = self._check_ids("the value model", self.value, types, need_model(types, self.model), HEADS)
+        begun = need_same_ids("the value model", self.value, types, need_model(types, self.model), HEADS)
         name = f"{self.value.of.name}.{self.value.port}"
         if begun.adapter:
             raise SpecError(f"value {name} is an adapter; take the model of a Merge stage (whole weights)")

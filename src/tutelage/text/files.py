@@ -2,6 +2,7 @@
 
     messages              a whole conversation; its last reply is trained, what stands before it is the prompt
     prompt, completion    messages, or texts: then one turn of the user and one of the assistant
+    prompt, chosen, rejected    a preference: two replies to one prompt, in the same forms
     prompt                alone: what only a verifier can judge
     text                  a raw document
     id, domain, gold, meta    as in rows.py, all optional; ``answer`` is taken for ``gold``
@@ -31,8 +32,8 @@ from tutelage.spec import UserError, suggest
 
 ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 PACKED_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".zip")
-OURS = ("messages", "prompt", "completion", "text", "id", "domain", "gold", "meta")
-SHAPES = "messages, or prompt (with completion, where replies are trained), or text"
+OURS = ("messages", "prompt", "completion", "chosen", "rejected", "text", "id", "domain", "gold", "meta")
+SHAPES = "messages, or prompt (with completion, where replies are trained, or with chosen and rejected), or text"
 OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 POINTER = b"version https://git-lfs"
 """How a Git LFS pointer begins: the file that stands where a large one was not fetched."""
@@ -58,7 +59,7 @@ class Shape:
     def columns(self) -> tuple[str, ...]:
         """Those of rows.py that its rows will have."""
         has = set(self.theirs) | {"id", "domain", "meta"} | ({"prompt", "completion"} if "messages" in self.theirs else set())
-        return tuple(c for c in ("id", "domain", "prompt", "completion", "text", "gold", "meta") if c in has)
+        return tuple(c for c in ("id", "domain", *OURS[1:6], "gold", "meta") if c in has)
 
 
 def data_files(path: Path) -> list[Path]:
@@ -124,8 +125,12 @@ def shape_of(where: str, record: Mapping[str, Any], columns: Mapping[str, str]) 
     for other in ("prompt", "completion"):
         if "messages" in theirs and other in theirs:
             raise UserError(f'{where}: has messages and {other}; drop one by columns, such as {{"{theirs[other]}": ""}}')
-    if "completion" in theirs and "prompt" not in theirs:
-        raise UserError(f"{where}: has completion and no prompt; a reply needs what it answers")
+    for reply in ("completion", "chosen", "rejected"):
+        if reply in theirs and "prompt" not in theirs:
+            raise UserError(f"{where}: has {reply} and no prompt; a reply needs what it answers")
+    if ("chosen" in theirs) != ("rejected" in theirs):
+        has, lacks = ("chosen", "rejected") if "chosen" in theirs else ("rejected", "chosen")
+        raise UserError(f"{where}: has {has} and no {lacks}; a preference needs both")
     return Shape(theirs, frozenset(name for name, ours in columns.items() if not ours))
 
 
@@ -133,7 +138,7 @@ def conform(where: str, record: Mapping[str, Any], shape: Shape, domain: str) ->
     """A row in the columns of rows.py; without an id of its own its ``id`` is a hash of what it says. Raises `BadRow`."""
     mine = {ours: record.get(name) for ours, name in shape.theirs.items()}
     names = {**{ours: ours for ours in OURS}, **shape.theirs}
-    for ours in ("messages", "prompt", "completion", "text"):
+    for ours in OURS[:6]:
         if ours in mine and mine[ours] is None:
             has = ", ".join(k for k, v in record.items() if v is not None) or "nothing"
             raise BadRow(names[ours], f"{where}: has no {names[ours]}; it has {has}")
@@ -141,7 +146,7 @@ def conform(where: str, record: Mapping[str, Any], shape: Shape, domain: str) ->
     if "messages" in mine:
         turns = _turns(where, names["messages"], mine["messages"], "messages")
         row |= {"prompt": turns[:-1], "completion": turns[-1:]}
-    for name in ("prompt", "completion"):
+    for name in OURS[1:5]:
         if name in mine:
             row[name] = _turns(where, names[name], mine[name], name)
     if "text" in mine:
@@ -291,7 +296,7 @@ ROLES = {"system": "S", "user": "U", "assistant": "A"}
 ORDER = {
     "messages": (re.compile("S?(UA)+"), "user and assistant in turn, ending with the assistant's (a system's may come first)"),
     "prompt": (re.compile("S?(UA)*U"), "user and assistant in turn, ending with the user's (a system's may come first)"),
-    "completion": (re.compile("A"), "one turn of the assistant"),
+    **dict.fromkeys(("completion", "chosen", "rejected"), (re.compile("A"), "one turn of the assistant")),
 }
 """column -> (the order its roles must have, in words)"""
 

@@ -4,6 +4,8 @@
     domain      string
     prompt      list<struct{role, content}>   up to and including the last user turn
     completion  list<struct{role, content}>   the reply that is trained, where there is one
+    chosen      list<struct{role, content}>   of two replies the better one, in preference data
+    rejected    list<struct{role, content}>   the other
     text        string                        a raw document, for pretraining
     gold        string or null                the reference final answer
     meta        string                        a JSON object; read and written here as a dict
@@ -24,6 +26,7 @@ from tutelage.spec import UserError, suggest
 from tutelage.types import Task
 
 FILE = "data.parquet"
+MESSAGES = ("prompt", "completion", "chosen", "rejected")
 Row = dict[str, Any]
 
 
@@ -41,7 +44,7 @@ def write_tasks(path: str | Path, rows: Iterable[Row]) -> None:
         if row.keys() != rows[0].keys():
             raise UserError(f"{file}, row {number}: has columns {', '.join(row)}; row 0 has {', '.join(rows[0])}")
     message = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-    schema = pa.schema([(c, message if c in ("prompt", "completion") else pa.string()) for c in columns])
+    schema = pa.schema([(c, message if c in MESSAGES else pa.string()) for c in columns])
     as_json = [{**row, "meta": json.dumps(row["meta"], sort_keys=True)} if "meta" in row else row for row in rows]
     pq.write_table(pa.Table.from_pylist(as_json, schema=schema), file)
 
@@ -93,6 +96,8 @@ COLUMNS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "domain": (lambda v: isinstance(v, str) and bool(v), "the name of its domain"),
     "prompt": (_messages("user"), "a list of messages {role, content} that ends with the user's"),
     "completion": (_messages("assistant"), "a list of messages {role, content} that ends with the assistant's"),
+    "chosen": (_messages("assistant"), "a list of messages {role, content} that ends with the assistant's"),
+    "rejected": (_messages("assistant"), "a list of messages {role, content} that ends with the assistant's"),
     "text": (lambda v: isinstance(v, str) and bool(v), "a document"),
     "gold": (lambda v: v is None or isinstance(v, str), "a text, or null where only a verifier knows"),
     "meta": (lambda v: isinstance(v, dict), "a JSON object"),
