@@ -36,8 +36,9 @@ from tutelage.tasks.base import LAYOUT
 from tutelage.text.template import Document
 
 RATES = (5e-4, 1e-3, 2e-3)
-"""Learning rates tried in distillation and SFT; the middle one is the quickstart's."""
-RL_RATES = (1e-4, 2e-4, 4e-4)
+"""Learning rates tried in SFT and full-vocabulary distillation; the middle one is the quickstart's."""
+SAMPLED_RATES = (1.25e-4, 2.5e-4, 5e-4)
+RL_RATES = (5e-5, 1e-4, 2e-4)
 PROPORTIONS = ((1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1))
 """Of the specialists in the average, in the order of the domains."""
 SCALES = (0.4, 0.7, 1.0)
@@ -56,10 +57,10 @@ def consolidation(seed: int = 0, base: str | None = None) -> Goals:
     """
     made = _Made(quickstart(seed, base))
     methods = {
-        "mopd": made.distilled("mopd", FullReverseKL(), "hidden"),
-        "mopd, balanced": made.distilled("mopd-balanced", FullReverseKL(), "hidden", balance=True),
-        "mopd, sampled token": made.distilled("mopd-sampled", TokenReverseKL(), "logp"),
-        "mopd, sampled, balanced": made.distilled("mopd-sampled-balanced", TokenReverseKL(), "logp", balance=True),
+        "mopd": made.full("mopd"),
+        "mopd, balanced": made.full("mopd-balanced", balance=True),
+        "mopd, sampled token": made.sampled("mopd-sampled"),
+        "mopd, sampled, balanced": made.sampled("mopd-sampled-balanced", balance=True),
         "trace sft": made.trace_sft(),
         "mixed rl, student's compute": made.mixed("mixed-rl-short", Budget(of=(made.student.out(),))),
         "average": made.averages(),
@@ -94,12 +95,19 @@ class _Made:
         edges = {label: stage.out() for label, stage in trials.items()}
         return Best(name=f"best {name}", candidates=edges, select_on=self.tasks.out("dev"), env=SOLVED, sampling=GREEDY)
 
-    def distilled(self, name: str, loss: Any, want: Any, **changes: Any) -> Best:
-        """The quickstart's distillation with another loss, on as many prompts."""
+    def full(self, name: str, **changes: Any) -> Best:
+        """The quickstart's distillation: full-vocabulary reverse KL."""
+        return self.distilled(name, RATES, loss=FullReverseKL(), credit=(Teacher(want="hidden"),), **changes)
+
+    def sampled(self, name: str, **changes: Any) -> Best:
+        """The same by the sampled token alone."""
+        return self.distilled(name, SAMPLED_RATES, loss=TokenReverseKL(), credit=(Teacher(),), **changes)
+
+    def distilled(self, name: str, rates: Sequence[float], **changes: Any) -> Best:
         trials: dict[str, Stage] = {}
-        for lr in RATES:
-            fields = {"loss": loss, "credit": (Teacher(want=want),), "optimizer": AdamW(lr=lr), **changes}
-            trials[f"lr {lr:g}"] = self.student.model_copy(update={"name": f"{name} lr {lr:g}", **fields})
+        for lr in rates:
+            fields = {"name": f"{name} lr {lr:g}", "optimizer": AdamW(lr=lr), **changes}
+            trials[f"lr {lr:g}"] = self.student.model_copy(update=fields)
         return self.best(name, trials)
 
     def trace_sft(self) -> Best:
