@@ -18,6 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tutelage.learn.batch import collate, counts, split
+from tutelage.learn.heap import map_big_buffers
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.base import Loss
 from tutelage.losses.top_k import outcomes
@@ -29,7 +30,8 @@ from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
 
 CHUNK = 1 << 22
-"""Elements of logits held at once: [m, V] chunks of at most this size."""
+"""Elements of logits held at once: [m, V] chunks of at most this size. Some twenty such buffers of 4 bytes may be alive in a
+backward pass, however many tokens there are (tests/learn/test_memory.py)."""
 
 
 HOPELESS = 10
@@ -105,6 +107,7 @@ class Learner:
         dtype: str = "float32",
         vocab: int | None = None,
     ):
+        map_big_buffers()
         self.model, self.clip, self.micro_tokens, self.vocab = model, clip, micro_tokens, vocab
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimizers = optimizer.build(model) if optimizer else []
