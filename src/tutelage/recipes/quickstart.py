@@ -52,23 +52,7 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
     """
     tasks, start, sft = started(seed, base)
     specialists = {name: specialist(name, tasks, sft, seed=seed) for name in NAMES}
-    student = Online(
-        name="mopd",
-        model=sft.out(),
-        tasks=tasks.out("rl"),
-        domains=NAMES,
-        env=SOLVED,
-        teachers={name: stage.out() for name, stage in specialists.items()},
-        credit=(Teacher(want="hidden"),),
-        loss=FullReverseKL(),
-        optimizer=AdamW(lr=1e-3),
-        schedule=Schedule(shape="linear", warmup=5, floor=0.1),
-        steps=100,
-        prompts=64,
-        group=1,
-        sampling=Sampling(max_new_tokens=LONGEST),
-        seed=seed,
-    )
+    student = distilled(tasks, sft, {name: stage.out() for name, stage in specialists.items()}, seed)
     continued = Fit(
         name="sft-continued",
         model=sft.out(),
@@ -137,6 +121,28 @@ def specialist(domain: str, tasks: TaskSplits, sft: Stage, **changes: Any) -> On
     }
     play = {"model": sft.out(), "tasks": tasks.out("rl"), "domains": (domain,), "env": SOLVED}
     return Online(**{**fields, **play, **changes})
+
+
+def distilled(tasks: TaskSplits, sft: Stage, teachers: dict[str, At], seed: int, **changes: Any) -> Online:
+    """MOPD: the exact reverse KL to each domain's teacher on the student's own samples; with other fields."""
+    fields: dict[str, Any] = {
+        "name": "mopd",
+        "model": sft.out(),
+        "tasks": tasks.out("rl"),
+        "domains": NAMES,
+        "env": SOLVED,
+        "teachers": teachers,
+        "credit": (Teacher(want="hidden"),),
+        "loss": FullReverseKL(),
+        "optimizer": AdamW(lr=1e-3),
+        "schedule": Schedule(shape="linear", warmup=5, floor=0.1),
+        "steps": 100,
+        "prompts": 64,
+        "group": 1,
+        "sampling": Sampling(max_new_tokens=LONGEST),
+        "seed": seed,
+    }
+    return Online(**{**fields, **changes})
 
 
 def measured(label: str, stage: Stage, tasks: TaskSplits, domain: str, template: Template | None = None) -> At:
