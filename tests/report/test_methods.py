@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import runpy
 import sys
@@ -20,7 +21,7 @@ from tests.report import consolidation as study
 from tests.report import synthetic
 from tests.report.consolidation import UNIT
 from tutelage import cli
-from tutelage.report import data, html, ledgers, methods_show, scatter, stats, terminal
+from tutelage.report import data, html, ledgers, methods_show, plots, scatter, stats, terminal
 from tutelage.report.read import Replicate, load
 
 ROOT = Path(__file__).parents[2]
@@ -191,7 +192,7 @@ def test_differences_are_tested_by_task_with_seeds_summed(store, found):
 
 
 def test_domains_of_unequal_size_count_alike(store):
-    """Twice the tasks in one domain, all even: the p-value of the mean is that of the other domain's differences, weighted."""
+    """With twice the tasks in one domain, the other's differences weigh twice: the test is of the mean that is shown."""
     from tutelage.report import methods
     from tutelage.report.measures import Measures
 
@@ -200,10 +201,10 @@ def test_domains_of_unequal_size_count_alike(store):
         if domain == "b":
             more = {**cell.values, **{f"{t}'": v for t, v in cell.values.items()}}
             measured.raw[seed, row, domain] = type(cell)(more, 0)
-    a, b = (methods.by_task(measured, "average", "MOPD", d, [0, 1]) for d in "ab")
+    a, b = (methods.by_task(measured, "mixed RL", "MOPD", d, [0, 1]) for d in "ab")
     assert len(b) == 2 * len(a)
-    found = methods.against(measured, "average", "MOPD", ["a", "b"])
-    assert found["p"] == stats.sign_flip(np.concatenate([2 * a, b]))
+    found = methods.against(measured, "mixed RL", "MOPD", ["a", "b"])
+    assert found["p"] == stats.sign_flip(np.concatenate([2 * a, b])) != stats.sign_flip(np.concatenate([a, b]))
 
 
 def test_a_table_without_methods_has_none(tmp_path):
@@ -235,7 +236,11 @@ def test_the_page_has_the_table_and_the_picture(store, found):
     page = html.page(store, "last")
     assert '<section id="methods">' in page
     assert '<a href="#methods">Methods</a>' in page
-    drawn = ET.fromstring(re.search(r'<figure class="picture">(<svg.*?</svg>)', page, re.DOTALL)[1])
+    text = re.search(r'<figure class="picture">(<svg.*?</svg>)', page, re.DOTALL)[1]
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r'(?:href="|url\()#([\w-]+)', text)) <= set(names)
+    drawn = ET.fromstring(text)
     titles = [t.text for t in drawn.iter() if t.tag.endswith("title")]
     assert len(titles) == 2 * len(METHODS)
     mean = found["methods"]["rows"]["average"]["mean"]
@@ -247,6 +252,23 @@ def test_the_page_has_the_table_and_the_picture(store, found):
     words = {t.text for t in drawn.iter() if t.tag.endswith("text")}
     assert {"≈ 0", "consolidation alone, GFLOP"} <= words
     assert sum(w.startswith("before: sft") or w.startswith("routed oracle") for w in words) == 2
+
+
+def test_methods_of_equal_cost_stand_side_by_side_and_hostile_names_are_words(found):
+    """Every marker is apart from the others of about its score; a lone one stands at its cost."""
+    rows = found["methods"]["rows"]
+    names = ["<img src=x>", "b $x$", "c", "d"]
+    alike = dict.fromkeys(names[:3], rows["MOPD"]) | {"d": rows["mixed RL"]}
+    methods = scatter.named({"rows": alike})
+    axes = scatter.paint({**found["methods"], "rows": alike, "reference": "c"}, plots.light())[0].axes[1]
+    span, width = axes.get_xlim(), axes.get_window_extent().width
+    spots = scatter.side_by_side(axes, methods, "with_teachers", math.log10)
+    at = [(spots[n] - span[0]) / (span[1] - span[0]) * width for n in names]
+    assert all(b - a >= scatter.APART - 1e-6 for a, b in pairwise(at[:3]))
+    assert np.mean([spots[n] for n in names[:3]]) == pytest.approx(math.log10(33.5 * UNIT))
+    assert spots["d"] == pytest.approx(math.log10(40 * UNIT))
+    drawn = ET.fromstring(scatter.draw({**found["methods"], "rows": alike, "reference": "c"}))
+    assert sum(t.text.startswith("<img src=x>: ") for t in drawn.iter() if t.tag.endswith("title")) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -307,7 +329,8 @@ def test_compare_one_run_and_rows_of_it(say, store, found, tmp_path):
         **three["rows"]["MOPD"],
         "minus_reference": two["methods"]["rows"]["MOPD"]["minus_reference"],
     }
-    assert "Methods: score against compute" in say("last:average", "last:MOPD")[1]
+    assert "Methods: score against compute" in say("last:average", "last:MOPD", "--out", str(tmp_path / "two.html"))[1]
+    assert '<section id="methods">' in (tmp_path / "two.html").read_text()
     assert json.loads(say("last:average", "last:sft", "--json")[1])["methods"] is None
 
 

@@ -223,6 +223,9 @@ def test_a_table_without_teachers_is_told_by_what_was_gained(tmp_path, monkeypat
     assert "On average over the domains, specialist sum stands" in page
     assert "the first specialist sum got right" in page
     assert page.count('class="replies"') > 1
+    for name in ("recovery", "elsewhere", "methods"):  # nothing to say of teachers and of methods
+        assert f'id="{name}"' not in page
+        assert f'href="#{name}"' not in page
 
 
 def test_pages_of_partial_runs(tmp_path):

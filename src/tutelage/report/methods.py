@@ -142,7 +142,7 @@ def charge(each: Replicate, metas: dict[str, JSON], row: str) -> JSON | None:
     if mine is None:
         return None
     missing = {name: {n for n in getattr(mine, name) if facts(n) is None or n in mine.undecided} for name in LEDGERS}
-    missing["trials"] |= mine.undecided | {n for n in mine.pickers if facts(n) is None}
+    missing["trials"] |= mine.undecided
     spent: JSON = {}
     for name in LEDGERS:
         of = [flops(metas[each.keys[n]]) for n in sorted(getattr(mine, name)) if n not in missing[name]]

@@ -15,7 +15,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from tutelage.report import plots, terminal
+from tutelage.report import graph, plots, terminal
 from tutelage.report.read import JSON
 from tutelage.spec import UserError
 
@@ -217,14 +217,7 @@ def tie(figure: Any, axes: Any, tags: list[JSON], spots: dict[str, float], colou
 
 def spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
     """Ascending places at least ``gap`` apart, near ``wanted`` (ascending) in least squares, and within [low, high] where
-    there is room: isotonic regression, by pooling adjacent violators, of the places less what the gaps before them take.
-    """
-    blocks: list[list[float]] = []
-    for i, place in enumerate(wanted):
-        blocks.append([place - i * gap])
-        while len(blocks) > 1 and sum(blocks[-2]) / len(blocks[-2]) > sum(blocks[-1]) / len(blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    level = [sum(b) / len(b) for b in blocks for _ in b]
-    top = high - (len(wanted) - 1) * gap
-    return [min(max(z, low), max(top, low)) + i * gap for i, z in enumerate(level)]
+    there is room: isotonic regression of the places less what the gaps before them take."""
+    top = max(low, high - (len(wanted) - 1) * gap)
+    level = graph.isotonic([place - i * gap for i, place in enumerate(wanted)])
+    return [min(max(place, low), top) + i * gap for i, place in enumerate(level)]
