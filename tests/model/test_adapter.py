@@ -224,6 +224,32 @@ def test_scorers_on_one_base_share_it_and_score_as_when_alone(base):
     assert [s.params for s in made] == [matmul_params(load_model(base))] * 3
 
 
+def test_a_limit_of_residents_changes_no_score_and_holds_no_more_models(base, tmp_path):
+    import weakref
+
+    from tutelage.model.folder import save_model
+
+    folders = [saved(base, LoRA(rank=2), "t")[1], base]
+    for seed in (5, 6):
+        save_model(tiny.model(seed=seed), tiny.tokenizer(), tmp_path / f"whole{seed}")
+        folders.append(tmp_path / f"whole{seed}")
+    samples, everyone = tiny.samples([9, 4, 12]), Scorers(tiny.VOCAB)
+    for resident in (1, 2):
+        few, seen = Scorers(tiny.VOCAB, resident), []
+        for _ in range(2):
+            for folder in folders:
+                guest, free = few.of(folder, folder.name), everyone.of(folder, folder.name)
+                for want in ("logp", "hidden"):
+                    for a, b in zip(guest.score(samples, 0.7, want), free.score(samples, 0.7, want), strict=True):
+                        assert (a.values == b.values).all()
+                        assert a.provenance == b.provenance
+                assert torch.equal(guest.head.weight, free.head.weight)
+                assert (guest.scored, guest.params) == (free.scored, free.params)
+                free.scored = guest.scored = 0
+                seen += [weakref.ref(model) for model in few._bases.values()]
+                assert len({id(r()) for r in seen if r()}) <= resident
+
+
 # --- where the base is ---
 
 

@@ -10,10 +10,13 @@ from tests.stages.toy import DATA, ENV, INIT, SHORT, Types, make, rl
 from tutelage.context import Stopped
 from tutelage.credit.group import GroupRelative
 from tutelage.credit.teacher import Teacher
+from tutelage.credit.weighted import WeightedTeachers
 from tutelage.envs.single import SingleTurn
 from tutelage.graph import key
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.distill import FullReverseKL, SampledReverseKL
+from tutelage.losses.top_k import TailReverseKL
+from tutelage.losses.weighted import WeightedReverseKL
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError
 from tutelage.stages.budget import Budget
@@ -149,6 +152,30 @@ def test_token_share_by_domain_is_logged_and_sums_to_one(tmp_path):
     line = store.metrics(key(stage))[0]
     assert line["token_share/low"] + line["token_share/high"] == pytest.approx(1)
     assert {"kl", "entropy", "reward/low", "reward/high"} <= set(line)
+
+
+@pytest.mark.parametrize(
+    ("loss", "want"), [(FullReverseKL(), "hidden"), (SampledReverseKL(), "logp"), (TailReverseKL(), "topk")]
+)
+def test_the_students_own_start_may_teach_a_domain_and_holds_it_there(loss, want, tmp_path):
+    """MiMo's "self": it alone moves nothing; beside another teacher it holds its domain."""
+    store, stage = (
+        Store(tmp_path / "s"),
+        rl(teachers={"low": INIT.out()}, credit=(Teacher(want=want, k=8),), loss=loss, steps=2),
+    )
+    make(stage, store)
+    assert same(weights(store, stage), weights(store, INIT))
+
+
+def test_teachers_taught_one_at_a_time_make_the_same_student(tmp_path):
+    stage, store, alone = mopd(steps=2), Store(tmp_path / "a"), Store(tmp_path / "b")
+    weighted = mopd(WeightedReverseKL(), steps=2, credit=(WeightedTeachers(weights={"low": {"low": 1}, "high": {"high": 1}}),))
+    make(stage, store)
+    make(weighted, store)
+    make(mopd(steps=2, resident=1), alone)
+    assert same(weights(store, stage), weights(alone, stage))
+    assert same(weights(store, stage), weights(store, weighted))
+    assert store.meta(key(stage))["cost"] == alone.meta(key(stage))["cost"]
 
 
 def test_outcome_rewards_fade_over_the_stages_steps_and_entropy_is_logged(tmp_path):

@@ -58,6 +58,9 @@ class Credit(Spec):
         """Names of the signals it writes."""
         return frozenset()
 
+    def check(self, domains: Sequence[str]) -> None:
+        """Raises `SpecError` where the fields do not fit the domains of the stage."""
+
     async def assign(self, samples: Sequence[Sample], ctx: CreditContext) -> tuple[list[Sample], Metrics]:
         """Writes signals in place and returns the samples worth training on, with metrics."""
         raise TypeError(f"{type(self).__name__} is abstract")

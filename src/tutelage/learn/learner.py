@@ -8,8 +8,9 @@ Leaves out: sharding, a load-balancing loss of mixtures of experts.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,26 +254,71 @@ class ModelScorer:
             signal.provenance["model"] = self.name
 
 
+class GuestScorer:
+    """A scorer whose model is in memory only while others do not need the place; ``call`` brings it there. Its output head
+    stays once hidden states were asked of it, since losses rebuild log-probs through it."""
+
+    def __init__(self, name: str, call: Callable[[], ModelScorer]):
+        self.name, self._call = name, call
+        self.params = self.scored = 0
+
+    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
+        host = self._call()
+        if want == "hidden":
+            self.head = host.head
+        signals = host.score(samples, temperature, want)
+        self._book(host)
+        return signals
+
+    def topk(self, samples: Sequence[Sample], temperature: float, k: int) -> list[tuple[Signal, Signal]]:
+        host = self._call()
+        pairs = host.topk(samples, temperature, k)
+        self._book(host)
+        return pairs
+
+    def _book(self, host: ModelScorer) -> None:
+        self.params, self.scored, host.scored = host.params, self.scored + host.scored, 0
+
+
 class Scorers:
     """Scorers by folder, one each. Adapters of one base hold it together, once, and the base too where it is asked itself:
-    a scorer switches to its own adapter before it scores."""
+    a scorer switches to its own adapter before it scores. With ``resident`` no more than so many whole models are in memory;
+    the one that was asked least recently goes, and is loaded again when it is asked."""
 
-    def __init__(self, vocab: int | None = None):
-        self._vocab = vocab
+    def __init__(self, vocab: int | None = None, resident: int = 0):
+        self._vocab, self._resident = vocab, resident
         self._bases: dict[Path, Any] = {}
-        self.made: dict[Path, ModelScorer] = {}
+        """whole models, the last one asked at the end"""
+        self._loaded: dict[Path, dict[Path, ModelScorer]] = {}
+        """base -> its scorers, by folder"""
+        self.made: dict[Path, ModelScorer | GuestScorer] = {}
 
-    def of(self, folder: Path, name: str) -> ModelScorer:
+    def of(self, folder: Path, name: str) -> ModelScorer | GuestScorer:
         """The scorer of a model's folder; ``name`` is for its provenance."""
         if folder not in self.made:
-            base = Base.of(folder).folder
-            if base not in self._bases:
-                self._bases[base] = load_model(base)
-            adapters = [f"adapter{len(self.made)}"] if is_adapter(folder) else []
-            for each in adapters:
-                load_adapter(self._bases[base], folder, each)
-            self.made[folder] = ModelScorer(name, self._bases[base], self._vocab, adapters)
+            call = partial(self._load, folder, name)
+            self.made[folder] = GuestScorer(name, call) if self._resident else call()
         return self.made[folder]
+
+    def _load(self, folder: Path, name: str) -> ModelScorer:
+        base = Base.of(folder).folder
+        if base not in self._bases:
+            self._make_room()
+            self._bases[base] = load_model(base)
+        model = self._bases[base] = self._bases.pop(base)
+        scorers = self._loaded.setdefault(base, {})
+        if folder not in scorers:
+            adapters = [f"adapter{len(scorers)}"] if is_adapter(folder) else []
+            for each in adapters:
+                load_adapter(model, folder, each)
+            scorers[folder] = ModelScorer(name, model, self._vocab, adapters)
+        return scorers[folder]
+
+    def _make_room(self) -> None:
+        while self._resident and len(self._bases) >= self._resident:
+            oldest = next(iter(self._bases))
+            del self._bases[oldest], self._loaded[oldest]
+            gc.collect()  # models hold cycles
 
 
 def _join(name: str, a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:

@@ -18,9 +18,9 @@ less entropy than the teacher; one that ends at 0 does not.
 The teacher's log-probs are rebuilt from its last hidden states through its head, a chunk of tokens at a time.
 
 Leaves out: other divergences (losses/full.py), top-k forms (losses/top_k.py), other rewards of the sampled token
-(losses/proximal.py, losses/extrapolated.py), Nemotron's clipped surrogate (losses/surrogate.py), V4's weights w_i (each teacher
-counts by its share of the tokens), any correction for samples that are not quite the policy's own in `FullReverseKL`, and who
-the teacher of a token is (credit/teacher.py).
+(losses/proximal.py, losses/extrapolated.py), Nemotron's clipped surrogate (losses/surrogate.py), V4's weights w_i
+(losses/weighted.py), any correction for samples that are not quite the policy's own in `FullReverseKL`, and who the teacher of
+a token is (credit/teacher.py).
 """
 
 from __future__ import annotations
@@ -114,13 +114,20 @@ class FullReverseKL(Loss):
 
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         hidden, teacher = batch.signals["teacher_hidden"], batch.signals["teacher"]
+        kl = self.at_tokens(out, batch, hidden, teacher)
+        return total(kl, batch, self.per), token_means(**{self.measure: kl}, entropy=out.entropy)
+
+    def at_tokens(self, out: Output, batch: Batch, hidden: Any, teacher: Any) -> Any:
+        """The divergence [M] with gradient, from hidden states [M, Dmax] of teachers int [M]; 0 where there is none, -1."""
         kl = out.logp.new_zeros(len(teacher))
         for i in teacher.unique().tolist():  # one head at a time
+            if i < 0:
+                continue
             head = batch.extras["teacher_heads"][i]
             mine = (teacher == i).nonzero().squeeze(1)
             fn = partial(self._rebuilt, head=head, temperature=batch.extras["temperature"])
             kl = kl.index_put((mine,), out.reduce_vocab(fn, mine, hidden[mine, : head.width]))
-        return total(kl, batch, self.per), token_means(**{self.measure: kl}, entropy=out.entropy)
+        return kl
 
     def divergence(self, student: Any, teacher: Any) -> Any:
         """[m] with gradient, from log-probs [m, V] each."""

@@ -117,6 +117,8 @@ class Online(Stage):
     dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
     rollout_dtype: str = Field("float32", pattern="^(float32|bfloat16)$")
     slots: int = Field(256, ge=1, json_schema_extra={"unkeyed": True})
+    resident: int = Field(0, ge=0, json_schema_extra={"unkeyed": True})
+    """teachers and reference in memory at once, adapters counted as their base; 0 holds all, 1 loads each when it is asked"""
     micro_tokens: int = Field(8192, ge=1, json_schema_extra={"unkeyed": True})
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
@@ -178,6 +180,7 @@ class Online(Stage):
         if self.sampling.top_p < 1 or self.sampling.top_k:
             have |= {"kept_logp", "kept"}
         for i, rule in enumerate(self.credit):
+            rule.check(self.domains)
             _need(rule.kind(), rule.needs() - have)
             have |= rule.gives()
             if rule.shapes and not any("reward" in r.needs() and "advantage" in r.gives() for r in self.credit[i + 1 :]):
@@ -237,7 +240,7 @@ class Loop:
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.driver = self.policy.driver(stage.template, stage.env, stage.sampling)
         self.driver.sets = "kept" in stage.loss.needs()
-        self.scorers = Scorers(vocab)  # one for each folder, however many domains it teaches
+        self.scorers = Scorers(vocab, stage.resident)  # one for each folder, however many domains it teaches
         by_domain: dict[str, Scorer] = {d: self._scorer(at) for d, at in stage.teachers.items() if d in stage.domains}
         reference = self._scorer(stage.reference) if stage.reference else None
         self.credit_context = CreditContext(stage.sampling.scored_at, by_domain, reference)
