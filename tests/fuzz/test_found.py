@@ -57,7 +57,7 @@ def test_an_object_without_a_kind_is_no_spec_of_an_abstract_class():
     rec["stages"]["sft"]["loss"] = {}
     from tutelage.graph import from_record
 
-    with pytest.raises(SpecError, match=r"sft.loss: .*give it a kind; valid: .*NLL"):
+    with pytest.raises(SpecError, match=r"sft.loss: .*give it a kind; valid: .*DAPO"):
         from_record(rec)
 
 
