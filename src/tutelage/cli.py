@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from tutelage.commands import compare, lineage, plan, recipes, report, run, store
+from tutelage.commands import compare, diagnose, lineage, plan, recipes, report, run, store
 from tutelage.spec import UserError
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (run.run, plan.plan, report.report, compare.compare, lineage.lineage, recipes.recipes):
+for command in (run.run, plan.plan, report.report, compare.compare, lineage.lineage, diagnose.diagnose, recipes.recipes):
     app.command()(command)
 app.add_typer(store.app)
 

@@ -258,8 +258,8 @@ def compare(
     with torch.inference_mode():
         made = []
         for mine, other, token in chunks:
-            logp = [(head(hidden) / temperature).log_softmax(-1) for head, hidden in zip(heads, (mine, other), strict=True)]
-            made.append(compared(*logp, token, k))
+            student, teacher = ((head(h) / temperature).log_softmax(-1) for head, h in zip(heads, (mine, other), strict=True))
+            made.append(compared(student, teacher, token, k))
     return torch.cat(made).numpy()
 
 
@@ -387,11 +387,11 @@ def means(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return np.asarray(drawn / drawn[:, COUNT:])
 
 
-def named(drawn: np.ndarray) -> dict[str, dict[str, float | None]]:
+def named(drawn: np.ndarray) -> dict[str, dict[str, Any]]:
     return {name: interval(drawn[:, i]) for i, name in enumerate(NUMBERS)}
 
 
-def interval(drawn: np.ndarray) -> dict[str, float | None]:
+def interval(drawn: np.ndarray) -> dict[str, Any]:
     """The mean seen and the 2.5th and 97.5th percentile of the draws; None where there is none."""
     import numpy as np
 
