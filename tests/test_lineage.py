@@ -128,6 +128,18 @@ def every_path(graph: Ancestry, key: str, port: str) -> Iterator[tuple[Link, ...
         stack.extend((*path, link) for link in graph.links[path[-1].key])
 
 
+def test_of_several_trials_only_the_published_one_is_a_parent(store):
+    small(store)
+    edges = {"candidates.teacher lr 0.1": ("left", "policy"), "candidates.lr 0.2": ("right", "policy")}
+    facts = {"selected": {"candidate": "lr 0.2", "dev": 0.5}}
+    put(store, "best", {"policy": MODEL}, {**edges, "select_on": ("tasks", "dev")}, facts=facts)
+    assert {e.name: e.role for e in of(store, "best").links[key_of("best")]} == {
+        "right": "parent",
+        "left": "selection",
+        "tasks": "selection",
+    }
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_ways_are_the_strongest_then_shortest_of_all_paths(seed):
     graph = chance(seed)
@@ -263,6 +275,7 @@ def test_where_hosts_differ_every_line_has_its_own(store, capsys):
 def test_lineage_tells_the_spec_by_what_differs_and_the_content(store, capsys):
     from tutelage.graph import Goals, record
     from tutelage.learn.optim import AdamW
+    from tutelage.stages.budget import Budget
     from tutelage.stages.fit import Fit
     from tutelage.stages.model import NewModel
     from tutelage.stages.tasks import TaskSplits
@@ -270,11 +283,12 @@ def test_lineage_tells_the_spec_by_what_differs_and_the_content(store, capsys):
 
     tasks = TaskSplits(name="tasks", domains=(Sum(name="sum", share=0.5),))
     start = NewModel(name="base", alphabet="abc")
-    fit = Fit(
-        name="sft", model=start.out(), data=tasks.out("gold"), steps=7, optimizer=AdamW(betas=(0.8, 0.9)), budget=(start.out(),)
-    )
+    budget = Budget(of=(start.out(),), share=0.5)
+    more = {"steps": 7, "optimizer": AdamW(betas=(0.8, 0.9)), "budget": budget}
+    fit = Fit(name="sft", model=start.out(), data=tasks.out("gold"), **more)
     rec = record(Goals(recipe="r", stages=(fit.out(),)))["stages"]
-    assert settings(rec["sft"]) == {"steps": 7, "optimizer.betas": [0.8, 0.9]}
+    told = {"steps": 7, "optimizer.betas": [0.8, 0.9], "budget": "Budget", "budget.share": 0.5}
+    assert settings(rec["sft"]) == told
     assert settings(rec["tasks"]) == {"domains.0": "Sum", "domains.0.share": 0.5}
     assert settings(rec["base"]) == {"alphabet": "abc"}
     assert settings({"kind": "gone.away.Stage", "name": "x", "a": 1, "b": {"ref": "y"}}) == {"a": 1}

@@ -35,6 +35,8 @@ PATTERNS = (
 )
 MODEL_PORT = re.compile(r"policy|model|value|student|merge|average")
 CHOICE = re.compile(r"(^|\.)select")
+CANDIDATES = "candidates."
+"""Begins the paths of edges of which a stage picks one; ``facts["selected"]["candidate"]`` names it."""
 
 
 def part(path: str, port: str) -> str:
@@ -42,7 +44,7 @@ def part(path: str, port: str) -> str:
 
     One of ``start`` | ``teacher`` | ``data`` | ``scored by`` | ``reference`` | ``budget``.
     """
-    field = path.lower() if not path.startswith("candidates.") else "candidates"  # whose labels are a recipe's own words
+    field = path.lower() if not path.startswith(CANDIDATES) else CANDIDATES  # whose labels are a recipe's own words
     for name, pattern in PATTERNS:
         if pattern.search(field):
             return name
@@ -95,10 +97,18 @@ def _role(meta: Meta, path: str, port: str) -> str:
     found = part(path, port)
     if found == "data" and CHOICE.search(path):
         return "selection"
+    if path.startswith(CANDIDATES) and path.removeprefix(CANDIDATES) != _picked(meta):
+        return "selection"
     if found != "start":
         return found
     kinds = {o.get("kind") for o in meta["outputs"].values() if isinstance(o, dict)}
     return "measured" if kinds == {"scores"} else "sampler" if kinds == {"data"} else "parent"
+
+
+def _picked(meta: Meta) -> str | None:
+    """The label of the candidate that a stage has published."""
+    found = (meta.get("facts") or {}).get("selected")
+    return found.get("candidate") if isinstance(found, dict) else None
 
 
 # --- the graph -----------------------------------------------------------------------------------------------------------

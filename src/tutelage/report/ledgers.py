@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from tutelage.ancestry import CHOICE
+from tutelage.ancestry import CANDIDATES, CHOICE
 from tutelage.report.read import JSON, Edge, Replicate
 
-CANDIDATES = "candidates."
 Facts = Callable[[str], JSON | None]
 """The facts of a stage's artifact; None where it is not stored."""
 
