@@ -297,7 +297,6 @@ def test_the_command_as_a_process(made, tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{root}/src", "TUTELAGE_STORE": str(tmp_path / "s"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, "--cores", "1"], cwd=made, env=env, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["teachers"][0]["replies"] == 4
-    assert count(3, "stage") in done.stderr
-    assert from_record  # the run's record loads back
+    assert count(4, "stage") in done.stderr
     body = Store(tmp_path / "s").load_run("last")
     assert {s.name for s in order(at.of for at in from_record(body["goals"][0]["record"]).stages)} >= {"diagnosis", "tasks"}

@@ -60,16 +60,13 @@ def show(found: JSON, console: Console) -> None:
     rows = measured(found)
     if rows:
         made = terminal.table(f"Teachers on the replies of {found['student']}", caption(found))
-        for head in ("domain", "teacher"):
-            made.add_column(head, overflow="fold")
-        for head, name in COLUMNS:
+        columns = COLUMNS if console.width >= terminal.ROOMY else COLUMNS[:6]
+        made.add_column("teacher", overflow="fold", min_width=12)
+        for head, name in columns:
             made.add_column(f"{head}\n%" if name in SHARES else head, justify="right", no_wrap=True)
         for each in rows:
-            cells = (
-                number(name, each["numbers"][name]).replace(" (", "\n[dim]").replace(" to ", "\n").replace(")", "[/]")
-                for _, name in COLUMNS
-            )
-            made.add_row(escape(each["domain"]), escape(each["teacher"]), *cells)
+            cells = (stacked(number(name, each["numbers"][name])) for _, name in columns)
+            made.add_row(escape(title(each)), *cells)
         console.print(made)
         for each in rows:
             console.print(f"[dim]{escape(drifts(each))}[/]", highlight=False, soft_wrap=True)
@@ -78,6 +75,11 @@ def show(found: JSON, console: Console) -> None:
         console.print(
             f"[bold]{escape(title(each))}[/]: [{colour}]{escape(verdict['words'])}[/]", highlight=False, soft_wrap=True
         )
+
+
+def stacked(text: str) -> str:
+    """`number`, the ends of the interval below it."""
+    return text.replace(" (", "\n[dim]").replace(" to ", "\n").replace(")", "[/]")
 
 
 def caption(found: JSON) -> str:
