@@ -91,6 +91,11 @@ class Fit(Stage):
         missing = self.loss.needs() - set(data.signals) - {"ref_logp"}
         if missing:
             raise SpecError(f"loss {self.loss.kind()} needs signals that the data lacks: {', '.join(sorted(missing))}")
+        if self.loss.needs() - {"ref_logp"} and data.tokenizer_key != model.tokenizer_key:
+            raise SpecError(
+                f"{self.data.of.name}.{self.data.port} was scored with another tokenizer ({data.tokenizer_key[:8]}) than "
+                f"{self.model.of.name} has ({model.tokenizer_key[:8]}); student and teacher must see the same ids"
+            )
         if self.budget:
             self.budget.check(types)
         from dataclasses import replace
@@ -191,6 +196,7 @@ class _Fitting:
         from tutelage.rollout.policy import Policy
         from tutelage.stages.preference import References, pairs
         from tutelage.text.rows import read_tasks
+        from tutelage.text.signals import read_signals
 
         self.stage, self.ctx = stage, ctx
         self.policy = Policy(ctx.input(stage.model), slots=256, adapter=stage.adapter, seed=stage.seed)
@@ -199,6 +205,8 @@ class _Fitting:
         self.each = 2 if stage.loss.per == "pairs" else 1  # samples of a row
         read: Callable[..., list[Sample]] = pairs if self.each == 2 else examples
         self.samples = read(ctx, stage.data, stage.template, self.policy.tokenizer)
+        if stored := stage.loss.needs() - {"ref_logp"}:
+            read_signals(ctx.input(stage.data), self.samples, stored)
         self.references: References | None = None
         if stage.reference:
             scorer = Scorers(vocab).of(ctx.input(stage.reference), stage.reference.of.name)
