@@ -8,6 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+ONLY ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -16,7 +17,7 @@ TESTS := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-long check format clean
+.PHONY: help quickstart test test-long bench check format clean
 
 help: ## what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +30,9 @@ test: $(VENV)/.developed ## install, run the tests but the long ones
 
 test-long: $(VENV)/.developed ## what is too slow for every run
 	$(TESTS) -m 'long and not gpu' $(ARGS)
+
+bench: $(VENV)/.developed ## measure against TRL and transformers: all of it, or make bench ONLY=rollout; writes bench/RESULTS.md
+	$(BIN)/python -m bench $(ONLY) $(ARGS)
 
 check: $(VENV)/.developed ## format, lint and types
 	$(BIN)/ruff format --check

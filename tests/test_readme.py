@@ -81,7 +81,7 @@ def test_commands_exist(words):
         variables = dict(w.split("=", 1) for w in rest if "=" in w)
         targets = {w for w in rest if "=" not in w}
         assert targets <= TARGETS, f"no such target: {targets - TARGETS}"
-        assert variables.keys() <= {"ARGS", "TORCH", "PYTHON", "VENV"}
+        assert variables.keys() <= {"ARGS", "ONLY", "TORCH", "PYTHON", "VENV"}
         if targets == {"quickstart"}:
             parse(["run", "quickstart", *shlex.split(variables.get("ARGS", ""))])
     elif program == "tutelage":
