@@ -25,6 +25,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 
+HYBRID = {
+    "model_type": "qwen3_next",
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "initializer_range": 0.1,  # at 0.25 keys of small norm amplify rounding to 1e-4
+}
+"""Gated delta rule and convolution in one layer, softmax attention in the other, experts in both."""
+LONG = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
+LONG |= {"original_max_position_embeddings": 6}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "hybrid": HYBRID,
+    "undeclared": {"model_type": "bitnet", "num_key_value_heads": 2, "head_dim": 8},
+    "longrope": {"rope_parameters": LONG},
+}
+"""Those that the packed path does not take, or not at every size; ``longrope`` changes its angles from the seventh token on."""
+
 
 def config(name: str = "llama", **more: Any) -> dict[str, Any]:
     base = {
@@ -40,7 +66,7 @@ def config(name: str = "llama", **more: Any) -> dict[str, Any]:
         "pad_token_id": 0,
         "initializer_range": 0.25,  # sharp enough that a wrong position shows
     }
-    return {**base, **CONFIGS[name], **more}
+    return {**base, "model_type": "llama", **(CONFIGS | OTHERS)[name], **more}
 
 
 def model(name: str = "llama", seed: int = 0, **more: Any) -> Any:

@@ -69,7 +69,18 @@ def plan(
     _plan_table(made, estimator, why, out)
     if any(r.lead == NEW for r in why.values()):
         out.print(NEW, style="dim", highlight=False)
+    for label, how in _attention(made).items():
+        out.print(f"{label}: {how}", style="dim", highlight=False, markup=False)
     out.print(f"[bold]{chosen.name}[/]: {summary(made, estimator, cores)}", highlight=False)
+
+
+def _attention(made: Plan) -> dict[str, str]:
+    """Of every imported base that is not packed, how its rows share a forward."""
+    from tutelage.graph import ModelType
+    from tutelage.model.headers import PACKED, attention
+
+    bases = ((n, t) for n in made.nodes.values() if not n.inputs for t in n.types.values() if isinstance(t, ModelType))
+    return {n.label: attention(t.architecture) for n, t in bases if t.architecture not in PACKED}
 
 
 def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, Reason], cores: int) -> dict[str, Any]:
@@ -105,7 +116,13 @@ def _plan_json(chosen: Chosen, made: Plan, estimator: Any, why: dict[str, Reason
         "cores": cores,
     }
     arguments = {"recipe": chosen.name, "arguments": chosen.arguments}
-    return {**arguments, "stages": stages, "totals": totals, "records": [record(g) for g in chosen.goals]}
+    return {
+        **arguments,
+        "stages": stages,
+        "attention": _attention(made),
+        "totals": totals,
+        "records": [record(g) for g in chosen.goals],
+    }
 
 
 MANY = 200

@@ -1,4 +1,5 @@
-"""Samples to packed micro-batches. No padding: rows lie one after another, and signals exist at trained tokens only."""
+"""Samples to packed micro-batches: rows lie one after another (the forward pads them, where it must), and signals exist at
+trained tokens only."""
 
 from __future__ import annotations
 
@@ -27,17 +28,18 @@ def atoms(samples: Sequence[Sample]) -> list[list[Sample]]:
     return found
 
 
-def split(samples: Sequence[Sample], limit: int) -> list[list[Sample]]:
-    """Micro-batches of at most ``limit`` tokens (or one of `atoms`), in order of length so that attention pads little."""
+def split(samples: Sequence[Sample], limit: int, padded: bool = False) -> list[list[Sample]]:
+    """Micro-batches of at most ``limit`` tokens (or one of `atoms`), in order of length so that attention pads little. With
+    ``padded``, padding counts: each row is then as long as the longest of its micro-batch."""
     parts: list[list[Sample]] = []
-    size = limit + 1
+    size = 0
     for atom in sorted(atoms(samples), key=lambda atom: max(len(s.tokens) for s in atom)):
-        tokens = sum(len(s.tokens) for s in atom)
-        if size + tokens > limit:
+        tokens, longest = sum(len(s.tokens) for s in atom), max(len(s.tokens) for s in atom)
+        size = longest * (len(parts[-1]) + len(atom)) if padded and parts else size + tokens
+        if not parts or size > limit:
             parts.append([])
-            size = 0
+            size = tokens
         parts[-1] += atom
-        size += tokens
     return parts
 
 

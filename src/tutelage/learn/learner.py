@@ -1,4 +1,6 @@
-"""One learner for every loss: packed forward and backward, global normalisation, clipping, optimizer, log-probs.
+"""One learner for every loss: forward and backward, global normalisation, clipping, optimizer, log-probs.
+
+Batches lie packed; a model that cannot take them so gets its rows padded (model/padded.py), which no loss can see.
 
 The next-token shift happens here and nowhere else: the hidden state at position ``t - 1`` speaks of token ``t``.
 Losses return sums; they are divided by counts of the *global* batch, so micro-batches cannot change a result.
@@ -24,9 +26,9 @@ from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.base import Loss
 from tutelage.losses.top_k import outcomes
 from tutelage.model.adapter import Base, activate, is_adapter, load_adapter, load_weights, weights
-from tutelage.model.attention import Rows
 from tutelage.model.folder import load_model, matmul_params
 from tutelage.model.head import Head
+from tutelage.model.padded import is_packed, row_states
 from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
 
@@ -96,7 +98,7 @@ class PackedOutput:
 
 
 class Learner:
-    """Holds a model and its optimizer. ``micro_tokens`` bounds one packed forward, ``clip`` the global gradient norm;
+    """Holds a model and its optimizer. ``micro_tokens`` bounds one forward, ``clip`` the global gradient norm;
     ``vocab`` is the tokenizer's size, to which padded output rows are cut (None: not padded)."""
 
     def __init__(
@@ -123,13 +125,15 @@ class Learner:
         return PackedOutput(hidden, Head.of(self.model, self.vocab), batch.tokens[batch.index], temperature)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """The packed forward: [M, D], the last hidden states that the trained tokens are predicted from."""
+        """The forward of whole rows: [M, D], the last hidden states that the trained tokens are predicted from."""
         lengths = torch.bincount(batch.row)
         with self.autocast:
-            out = self.model.get_decoder()(
-                input_ids=batch.tokens[None], position_ids=batch.pos[None], use_cache=False, layout=Rows(lengths)
-            )
-        return out.last_hidden_state[0].index_select(0, batch.index - 1)
+            states = row_states(self.model, batch.tokens, batch.pos, lengths)
+        return states.index_select(0, batch.index - 1)
+
+    def parts(self, samples: Sequence[Sample]) -> list[list[Sample]]:
+        """Micro-batches: `split`, by what a forward of this model takes."""
+        return split(samples, self.micro_tokens, padded=not is_packed(self.model))
 
     def batch(self, samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[str, Any] | None = None) -> Batch:
         """`collate`, as tensors on the model's device."""
@@ -155,7 +159,7 @@ class Learner:
         total = counts(samples)
         sums: dict[str, tuple[float, float]] = {}
         extras = {"temperature": temperature, **(extras or {})}
-        for part in split(samples, self.micro_tokens):
+        for part in self.parts(samples):
             batch = self.batch(part, sorted(loss.needs()), extras)
             batch.counts = total
             value, metrics = loss(self.output(batch, temperature), batch)
@@ -208,7 +212,7 @@ class Learner:
     def _asked(self, samples: Sequence[Sample], temperature: float, what: Callable[[Any], torch.Tensor]) -> list[np.ndarray]:
         """What an output says [T_sel, ...] of each sample, in their order."""
         found: dict[int, np.ndarray] = {}
-        for part in split(samples, self.micro_tokens):
+        for part in self.parts(samples):
             values = what(self.output(self.batch(part), temperature)).float().cpu().numpy()
             ends = np.cumsum([int(s.mask.sum()) for s in part])[:-1]
             found.update({id(s): value for s, value in zip(part, np.split(values, ends), strict=True)})

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from tutelage.learn.learner import Learner
-from tutelage.model.attention import register
+from tutelage.model.folder import one_line
+from tutelage.model.padded import implementation
 from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
 
@@ -52,9 +53,10 @@ class ValueLearner(Learner):
 
 
 def load_value(folder: Path) -> Any:
-    """A value model with packed attention, in eval mode, from the folder of a causal model or of one with a ``score`` head.
+    """A value model, with the attention of `load_model`, in eval mode, from the folder of a causal model or of one with a
+    ``score`` head.
 
-    Raises `UserError` for a folder that lacks weights of the body.
+    Raises `UserError` for a folder that lacks weights of the body, or whose architecture has no token classifier.
     """
     from transformers import AutoConfig, AutoModelForTokenClassification
     from transformers.utils import logging
@@ -65,11 +67,21 @@ def load_value(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, num_labels=1)
         loaded: Any = AutoModelForTokenClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, attn_implementation=register(), output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=implementation(config),
+            output_loading_info=True,
         )
+    except ValueError as error:
+        raise UserError(f"{folder} cannot become a value model: {one_line(error)}; give value a base that can") from None
     finally:
         logging.set_verbosity(before)
     model, found = loaded
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(
+            f"{folder} cannot become a value model: its token classifier has no head 'score'; give value another base"
+        )
     head = {f"score.{name}": p for name, p in model.score.named_parameters()}
     lost = sorted(set(found["missing_keys"]) - head.keys())
     if lost:

@@ -97,8 +97,14 @@ def new_adapter(model: Any, name: str, rank: int, alpha: int, targets: Sequence[
     if lost:
         kind = model.config.model_type
         raise UserError(f"adapter.targets: {lost[0]!r} is no linear layer of a {kind} model; it has {', '.join(sorted(has))}")
-    wanted = sorted(targets or has)
-    _inject(model, name, LoraConfig(r=rank, lora_alpha=alpha, target_modules=wanted, task_type="CAUSAL_LM"), seed)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets or has), task_type="CAUSAL_LM")
+    asked = set(config.target_modules)
+    _inject(model, name, config, seed)
+    if taken := sorted(asked - set(config.target_modules)):  # by peft, for the experts of a mixture
+        raise UserError(
+            f"peft takes {', '.join(taken)} of a {model.config.model_type} model for its experts too, which have no adapters "
+            f"here; set adapter.targets to others: {', '.join(sorted(has - set(taken)))}"
+        )
 
 
 def _linear(model: Any) -> set[str]:

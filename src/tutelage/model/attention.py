@@ -11,7 +11,7 @@ Short rows use plain batched matmuls (on CPU their backward beats the fused kern
 PyTorch's scaled-dot-product attention, whose memory does not grow with the square of the length.
 
 Leaves out: layers that carry state along the sequence without attention (linear attention, convolutions): packing would
-let one row leak into the next, so only architectures declared in `PACKED` are taken.
+let one row leak into the next, so all but the architectures declared in `PACKED` go the other way (padded.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 
-from tutelage.model.headers import PACKED
+from tutelage.model.headers import PACKED, stretches
 
 NAME = "tutelage_packed"
 PLAIN_UP_TO = 256
@@ -195,5 +195,6 @@ class Decode:
 
 
 def packs(config: Any) -> bool:
-    """Whether an architecture is declared to be safe to pack."""
-    return config.get_text_config().model_type in PACKED
+    """Whether an architecture is declared to be safe to pack, and its angles do not follow the longest row."""
+    config = config.get_text_config()
+    return config.model_type in PACKED and not stretches(getattr(config, "rope_parameters", None))

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from tutelage.model.attention import packs, register
-from tutelage.model.headers import PACKED
+from tutelage.model.padded import implementation
 from tutelage.spec import UserError
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any:
-    """A causal model with packed attention, in eval mode; of an adapter, its base with the adapter in it, all frozen.
+    """A causal model in eval mode; of an adapter, its base with the adapter in it, all frozen. Its attention is the packed one
+    where the architecture is declared safe to pack.
 
     Raises `UserError` for a folder that holds none.
     """
@@ -39,15 +39,12 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is none that transformers can read: {one_line(error)}") from None
-    if not packs(config):
-        valid = ", ".join(sorted(PACKED))
-        raise UserError(f"{folder}: architecture {config.model_type!r} is not declared safe to pack; declared: {valid}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
-            attn_implementation=register(),
+            attn_implementation=implementation(config),
             ignore_mismatched_sizes=True,  # so that they are named below, in one line
             output_loading_info=True,
         )
@@ -101,7 +98,7 @@ def make_model(config: dict[str, Any], seed: int) -> Any:
     made = AutoConfig.for_model(**config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(made, attn_implementation=register(), dtype=torch.float32)
+        return AutoModelForCausalLM.from_config(made, attn_implementation=implementation(made), dtype=torch.float32)
 
 
 def matmul_params(model: Any) -> int:

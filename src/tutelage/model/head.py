@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""Fields by which architectures scale their logits (Cohere's, Falcon H1's, Granite's), and the power they stand in."""
+
 
 @dataclass
 class Head:
@@ -20,14 +23,20 @@ class Head:
     """[V, width]"""
     bias: torch.Tensor | None = None
     softcap: float | None = None
+    scale: float = 1.0
+    """What the logits are multiplied by, before the cap."""
 
     @classmethod
     def of(cls, model: Any, vocab: int | None = None) -> Head:
         """The head of a causal transformers model; ``vocab`` cuts padded rows off (151,936 against 152,064)."""
         layer = model.get_output_embeddings()
         bias = getattr(layer, "bias", None)
-        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        return cls(layer.weight[:vocab], bias[:vocab] if bias is not None else None, cap)
+        config = model.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        scale = 1.0
+        for name, power in SCALES.items():
+            scale *= (getattr(config, name, None) or 1.0) ** power
+        return cls(layer.weight[:vocab], bias[:vocab] if bias is not None else None, cap, scale)
 
     @property
     def width(self) -> int:
@@ -40,4 +49,6 @@ class Head:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         narrow = hidden if hidden.shape[1] == self.width else hidden[:, : self.width]
         logits = torch.nn.functional.linear(narrow.to(self.weight.dtype), self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -1,20 +1,23 @@
 """What a saved model folder says of itself without loading a tensor, so that planning needs no torch.
 
 What can be known to be wrong without torch is refused here, at plan time: missing, cut or foreign files, a vocabulary that the
-embedding has no rows for, a chat template that does not parse. What needs the tokenizer itself is checked by
-text/template.py when the model is imported.
+embedding has no rows for, a chat template that does not parse, a model that is no causal decoder. What needs the tokenizer
+itself is checked by text/template.py when the model is imported.
 
 Leaves out: weights in formats other than safetensors.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from tutelage.spec import UserError
+from tutelage.spec import UserError, suggest
 
 PACKED = frozenset(
     {
@@ -38,9 +41,72 @@ PACKED = frozenset(
 """Architectures (``model_type``) declared safe to pack: attention through the library's interface is their only path between
 positions, and their logits are the output head of the last hidden state (each is held to that by a test)."""
 
+PADDED = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "bamba",
+        "bloom",
+        "cohere",
+        "cohere2",
+        "deepseek_v2",
+        "deepseek_v3",
+        "dots1",
+        "ernie4_5",
+        "ernie4_5_moe",
+        "exaone4",
+        "falcon",
+        "falcon_h1",
+        "falcon_mamba",
+        "gemma4_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "gptj",
+        "granite",
+        "granitemoe",
+        "granitemoehybrid",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "jamba",
+        "lfm2",
+        "lfm2_moe",
+        "mamba",
+        "mamba2",
+        "ministral",
+        "ministral3",
+        "mpt",
+        "nemotron",
+        "olmo_hybrid",
+        "opt",
+        "phi",
+        "phi3",
+        "phimoe",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "seed_oss",
+        "stablelm",
+        "starcoder2",
+        "vaultgemma",
+    }
+)
+"""Architectures declared exact with padding on the left under a mask (each is held to that by a test), as those in `PACKED`
+are too. What is in neither draws in batches of prompts of one length."""
+
 
 POINTER = b"version https://git-lfs"
 """How a Git LFS pointer begins: the small file that stands where a large one was not fetched."""
+EMBEDDINGS = ("embed_in", "word_embeddings", "embeddings")
+"""What some families call the look-up of tokens; most say ``embed_tokens`` or ``wte``."""
+LOOKED_UP = ("wpe", "embed_positions")
+"""Look-ups of positions: no matmul."""
+HEADS = ("lm_head.weight", "embed_out.weight")
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -72,6 +138,72 @@ def need_folder(folder: Path) -> None:
         raise UserError(f"{folder} is empty; give a folder saved by transformers with its tokenizer")
 
 
+# --- the architecture --------------------------------------------------------------------------------------------------
+
+
+def need_decoder(folder: Path, config: dict[str, Any]) -> None:
+    """Raises `UserError` for what is no causal text decoder that transformers has code for."""
+    kind, fix = str(config.get("model_type")), "give the folder of a causal language model, such as a Llama or a Qwen"
+    listed = config.get("architectures")
+    names = ", ".join(map(str, listed)) if isinstance(listed, list) and listed else kind
+    if any(isinstance(config.get(part), dict) for part in ("vision_config", "audio_config", "text_config")):
+        raise UserError(
+            f"{folder}: {names} is a model of images or sound with a language model in it; save its text model alone"
+        )
+    if config.get("is_encoder_decoder"):
+        raise UserError(f"{folder}: {names} is an encoder-decoder; {fix}")
+    if config.get("use_bidirectional_attention") in (True, "all"):
+        raise UserError(f"{folder}: {names} is an encoder, which reads both ways; {fix}")
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "dynamic":
+        raise UserError(
+            f"{folder}: config.json has rope type 'dynamic', whose angles in transformers follow the longest row seen so far, "
+            "so no result could be made twice; set it to 'default' or 'yarn'"
+        )
+    if kind in PACKED or not (decoders := transformers_table("CAUSAL_LM")):
+        return
+    if kind in transformers_table("MASKED_LM") and not config.get("is_decoder"):
+        raise UserError(f"{folder}: {names} is an encoder, which reads both ways; {fix}")
+    if kind not in decoders:
+        own = ", and code of the folder's own is not run" if config.get("auto_map") else ""
+        raise UserError(f"{folder}: architecture {kind!r} is no causal decoder of transformers{own}{suggest(kind, decoders)}")
+
+
+@cache
+def transformers_table(task: str) -> frozenset[str]:
+    """The ``model_type`` names that transformers has a model for a task for, read from its source: importing it takes seconds.
+    Empty where another version keeps the table elsewhere; then loading decides."""
+    found = find_spec("transformers")
+    file = Path(found.origin or "").parent / "models" / "auto" / "modeling_auto.py" if found else None
+    if file is None or not file.exists():
+        return frozenset()
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == f"MODEL_FOR_{task}_MAPPING_NAMES":
+            lists = (n for n in ast.walk(node.value) if isinstance(n, ast.List))
+            return frozenset(pair[0] for pair in ast.literal_eval(next(lists)))
+    return frozenset()
+
+
+def attention(architecture: str, rope: Any = None) -> str:
+    """In words, how the rows of an architecture share a forward."""
+    if architecture in PACKED and not stretches(rope):
+        return "packed"
+    if architecture in PACKED | PADDED and stretches(rope):
+        return f"one length a batch (the rotary angles of this {architecture} follow the longest row)"
+    why = f"architecture {architecture} is not declared safe to pack"
+    if architecture in PADDED:
+        return f"padded ({why})"
+    return f"padded, and drawn in batches of prompts of one length ({why}, nor to pad on the left)"
+
+
+def stretches(rope: Any) -> bool:
+    """Whether ``rope_parameters`` of a config make angles depend on the longest row of a batch."""
+    if not isinstance(rope, dict):
+        return False
+    kind = rope.get("rope_type", rope.get("type"))
+    return kind in ("longrope", "su") or any(map(stretches, rope.values()))
+
+
 # --- weights -----------------------------------------------------------------------------------------------------------
 
 
@@ -81,9 +213,9 @@ def folder_params(folder: Path) -> int:
     Raises `UserError` for a folder without readable, whole weights.
     """
     shapes = tensor_shapes(folder)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) >= 2}
+    sizes = {n: math.prod(shape) for n, shape in shapes.items() if len(shape) >= 2 and not any(w in n for w in LOOKED_UP)}
     embedding = sum(size for name, size in sizes.items() if _embeds(name))
-    tied = read_object(folder / "config.json").get("tie_word_embeddings", "lm_head.weight" not in shapes)
+    tied = read_object(folder / "config.json").get("tie_word_embeddings", not any(head in shapes for head in HEADS))
     return sum(sizes.values()) - (0 if tied else embedding)
 
 
@@ -142,7 +274,7 @@ def _shapes(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _embeds(name: str) -> bool:
-    return "embed_tokens" in name or "wte" in name
+    return "embed_tokens" in name or "wte" in name or name.removesuffix(".weight").rpartition(".")[2] in EMBEDDINGS
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,10 @@
-"""The local engine: continuous batching on one device through the packed forward.
+"""The local engine: continuous batching on one device through the packed forward; and one that runs any decoder in batches.
 
 Slots hold sequences; a finished one gives its slot to the next request at once, and when nobody waits the batch shrinks.
 Requests with one prompt share its prefill. Log-probs are taken in fp32 from the logits that drew the token.
+
+`PaddedEngine` is for models that cannot be packed (model/padded.py). It draws and answers by the same code; only its batches
+run to their end before the next begins.
 
 Leaves out: paged memory (a slot is as long as the longest sequence), speculative decoding, several models at once.
 """
@@ -18,6 +21,7 @@ import torch
 
 from tutelage.model.attention import Cache, Decode, Prefill
 from tutelage.model.head import Head
+from tutelage.model.padded import Decoding, is_packed, lines_up
 from tutelage.rollout.base import Completion, Request
 from tutelage.rollout.draw import draw, kept, uniforms
 
@@ -86,35 +90,47 @@ class LocalEngine:
     # --- the work ---
 
     def _refill(self) -> None:
-        """Admits waiting requests once an eighth of the slots is free (or nothing runs): prefills are best in company."""
-        free = self.slots - len(self._running)
-        if not self._waiting or (self._running and free < max(1, self.slots // 8)):
+        fresh = self._admit()
+        if not fresh:
             return
-        with self._lock:
-            fresh = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         prompts: dict[tuple[int, ...], int] = {}
         source = [prompts.setdefault(s.request.tokens, len(prompts)) for s in fresh]
+        hidden = self._prefill(list(prompts), source)
+        self.prefilled += sum(len(s.request.tokens) for s in fresh)  # as if nothing were shared: costs are algorithmic
+        self._running += fresh
+        self._append(fresh, hidden)
+        self._retire()
+
+    def _admit(self) -> list[_Slot]:
+        """Waiting requests, once an eighth of the slots is free (or nothing runs): prefills are best in company."""
+        free = self.slots - len(self._running)
+        if not self._waiting or (self._running and free < max(1, self.slots // 8)):
+            return []
+        with self._lock:
+            return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+
+    def _prefill(self, prompts: list[tuple[int, ...]], source: list[int]) -> torch.Tensor:
+        """Distinct prompts, and which of them each fresh slot takes -> the slots' last hidden states [S, D]."""
         device = self.model.device
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         first = len(self._running)
-        slots = torch.arange(first, first + len(fresh), device=device)
+        slots = torch.arange(first, first + len(source), device=device)
         cache = self._room(max(map(len, prompts)))
         layout = Prefill(lengths, cache, slots, torch.tensor(source, device=device))
         ids = torch.tensor([t for p in prompts for t in p], device=device)
         pos = torch.cat([torch.arange(len(p), device=device) for p in prompts])
-        hidden = self._forward(ids, pos, layout)[lengths.cumsum(0) - 1]
-        self.prefilled += sum(len(s.request.tokens) for s in fresh)  # as if nothing were shared: costs are algorithmic
-        self._running += fresh
-        self._append(fresh, hidden[source])
-        self._retire()
+        return self._forward(ids, pos, layout)[lengths.cumsum(0) - 1][source]
 
     def _decode(self) -> None:
-        run = self._running
+        self._append(self._running, self._step([s.tokens[-1] for s in self._running]))
+
+    def _step(self, tokens: list[int]) -> torch.Tensor:
+        """The last token of each running slot -> hidden states [S, D]."""
         device = self.model.device
-        ids = torch.tensor([s.tokens[-1] for s in run], device=device)
-        pos = torch.tensor([len(s.request.tokens) + len(s.tokens) - 1 for s in run], device=device)
+        ids = torch.tensor(tokens, device=device)
+        pos = torch.tensor([len(s.request.tokens) + len(s.tokens) - 1 for s in self._running], device=device)
         cache = self._room(int(pos.max()) + 1)
-        self._append(run, self._forward(ids, pos, Decode(cache, pos)))
+        return self._forward(ids, pos, Decode(cache, pos))
 
     def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:
         body = self.model.get_decoder()
@@ -161,10 +177,13 @@ class LocalEngine:
             else:
                 stay.append(i)
         if len(stay) < len(self._running):
-            moved = _compaction(stay)
-            if moved is not None and self._cache is not None:
-                self._cache.move(*moved)
+            self._keep(stay)
             self._running = [self._running[i] for i in _order_after(stay)]
+
+    def _keep(self, stay: list[int]) -> None:
+        moved = _compaction(stay)
+        if moved is not None and self._cache is not None:
+            self._cache.move(*moved)
 
     def _finished(self, slot: _Slot) -> str:
         request = slot.request
@@ -183,6 +202,47 @@ class LocalEngine:
             self._cache = Cache.empty(self.model.config, self.slots, length, self.model.dtype, self.model.device)
         self._cache.grow(length)
         return self._cache
+
+
+class PaddedEngine(LocalEngine):
+    """Draws from any causal decoder, with transformers' own cache: a batch is admitted when the last one has ended, its
+    finished rows leave at once, and its prompts are of one length unless `lines_up` allows more."""
+
+    _decoding: Decoding
+
+    def _admit(self) -> list[_Slot]:
+        if self._running or not self._waiting:
+            return []
+        with self._lock:
+            waiting = list(self._waiting)
+            length = len(waiting[0].request.tokens)
+            fits = waiting if lines_up(self.model) else [s for s in waiting if len(s.request.tokens) == length]
+            fresh = fits[: self.slots]
+            taken = set(map(id, fresh))
+            self._waiting = deque(s for s in waiting if id(s) not in taken)
+        return fresh
+
+    def _prefill(self, prompts: list[tuple[int, ...]], source: list[int]) -> torch.Tensor:
+        self._decoding = Decoding(self.model)
+        hidden = self._decoding.begin(prompts)
+        if source != list(range(len(prompts))):
+            self._decoding.take(source)
+        return hidden[source]
+
+    def _step(self, tokens: list[int]) -> torch.Tensor:
+        return self._decoding.step(torch.tensor(tokens, device=self.model.device))
+
+    def _keep(self, stay: list[int]) -> None:
+        if stay:
+            self._decoding.take(_order_after(stay))
+        else:
+            del self._decoding  # its memory, before the next batch takes more
+
+
+def local_engine(model: Any, tokenizer: Any, slots: int = 256, dtype: str | None = None) -> LocalEngine:
+    """The engine for a loaded model."""
+    kind = LocalEngine if is_packed(model) else PaddedEngine
+    return kind(model, tokenizer, slots, dtype)
 
 
 def _order_after(stay: list[int]) -> list[int]:

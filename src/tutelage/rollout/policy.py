@@ -11,7 +11,7 @@ from tutelage.model.folder import load_model, load_tokenizer, matmul_params, sav
 from tutelage.model.lora import Adapter
 from tutelage.rollout.base import Sampling
 from tutelage.rollout.driver import Driver
-from tutelage.rollout.local import LocalEngine
+from tutelage.rollout.local import local_engine
 from tutelage.text.template import Template
 
 
@@ -26,7 +26,7 @@ class Policy:
         self._base = Base.of(folder) if adapter else None
         if adapter:
             adapter.attach(self.model, seed)
-        self.engine = LocalEngine(self.model, self.tokenizer, slots, dtype)
+        self.engine = local_engine(self.model, self.tokenizer, slots, dtype)
         self.params = matmul_params(self.model)
 
     def driver(self, template: Template, env: Env, sampling: Sampling) -> Driver:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from tutelage.graph import At, Kind, ModelType, Stage, Type
-from tutelage.spec import SpecError, UserError, content_hash, digest, outside, suggest
+from tutelage.spec import SpecError, UserError, content_hash, digest, outside
 from tutelage.stages.files import need_unchanged
 from tutelage.text.tokenizer import CHAT_TEMPLATE, SPECIAL
 
@@ -63,7 +63,11 @@ class NewModel(Stage):
 
 
 class Pretrained(Stage):
-    """A local Hugging Face folder as the recipe's base; copied into the store and keyed by its content."""
+    """A local Hugging Face folder of a causal decoder as the recipe's base; copied into the store and keyed by its content.
+
+    What is not declared safe to pack takes the generic path (model/padded.py): the fact ``attention`` says so, and the import
+    holds the model to what that path rests on.
+    """
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "imports"
@@ -72,11 +76,11 @@ class Pretrained(Stage):
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
         from tutelage.model.headers import (
-            PACKED,
             SPECIAL,
             chat_template,
             check_vocabulary,
             folder_params,
+            need_decoder,
             need_folder,
             read_object,
         )
@@ -84,9 +88,7 @@ class Pretrained(Stage):
         folder = Path(self.path)
         need_folder(folder)
         config, settings = (read_object(folder / f"{name}.json") for name in ("config", "tokenizer_config"))
-        if config.get("model_type") not in PACKED:
-            known = suggest(str(config.get("model_type")), PACKED)
-            raise SpecError(f"{self.path}: architecture {config.get('model_type')!r} is not declared safe to pack{known}")
+        need_decoder(folder, config)
         template = chat_template(folder, settings)
         files = [folder / n for n in ("tokenizer.json", "tokenizer.model") if (folder / n).exists()]
         if not files:
@@ -102,6 +104,8 @@ class Pretrained(Stage):
 
     def run(self, ctx: Any) -> None:
         from tutelage.model.folder import load_model, load_tokenizer, save_model
+        from tutelage.model.headers import attention
+        from tutelage.model.padded import is_packed, prove
         from tutelage.text.template import check_tokenizer
 
         folder = Path(self.path)
@@ -117,5 +121,9 @@ class Pretrained(Stage):
                 f"{self.path}: token {token!r} has id {last}, but the embedding has {rows} rows; "
                 "take the model's own tokenizer, or resize its embedding"
             )
+        if not is_packed(model):
+            prove(model, self.path)
+        config = model.config.get_text_config()
+        ctx.facts["attention"] = attention(config.model_type, getattr(config, "rope_parameters", None))
         need_unchanged(self, ctx)
         save_model(model, tokenizer, ctx.output("policy"))
