@@ -97,10 +97,10 @@ def new_adapter(model: Any, name: str, rank: int, alpha: int, targets: Sequence[
     if lost:
         kind = model.config.model_type
         raise UserError(f"adapter.targets: {lost[0]!r} is no linear layer of a {kind} model; it has {', '.join(sorted(has))}")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=sorted(targets or has), task_type="CAUSAL_LM")
-    asked = set(config.target_modules)
+    asked = sorted(targets or has)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=asked, task_type="CAUSAL_LM")
     _inject(model, name, config, seed)
-    if taken := sorted(asked - set(config.target_modules)):  # by peft, for the experts of a mixture
+    if taken := sorted(set(asked) - set(config.target_modules or ())):  # by peft, for the experts of a mixture
         raise UserError(
             f"peft takes {', '.join(taken)} of a {model.config.model_type} model for its experts too, which have no adapters "
             f"here; set adapter.targets to others: {', '.join(sorted(has - set(taken)))}"
