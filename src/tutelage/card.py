@@ -100,6 +100,9 @@ def _loading(of: Ancestry, port: str, adapter: bool) -> Iterator[str]:
     library, cls = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     if _values(of.metas[of.root], port):
         cls = "AutoModelForTokenClassification"
+    if of.metas[of.root].get("outputs", {}).get(port, {}).get("head") == "remote":
+        yield from ("A server holds this model; `remote.json` says where.", "")
+        return
     yield from ("## Load it", "", "With `FOLDER` the folder of this file:", "", "```python")
     yield from (f"from {library} import {cls}" + (", AutoTokenizer" if not adapter else ""),)
     loaded = f"model = {cls}.from_pretrained(FOLDER)"

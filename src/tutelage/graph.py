@@ -45,7 +45,7 @@ class ModelType:
     params: int
     """N: matmul parameters with the output head, without the embedding look-up (the N of FLOP counts)."""
     vocab: int
-    head: Literal["causal", "score", "value"] = "causal"
+    head: Literal["causal", "score", "value", "remote"] = "causal"
     base_key: str = ""
     """Of an adapter, its base: KEY/PORT of its stage, @STEP for a checkpoint; of an import, the folder's content."""
     adapter: bool = False

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from tutelage.learn.batch import collate, counts, split
 from tutelage.learn.heap import map_big_buffers
 from tutelage.learn.optim import AdamW, Muon
+from tutelage.learn.remote import FILE as REMOTE
+from tutelage.learn.remote import Remote, RemoteScorer
 from tutelage.losses.base import Loss
 from tutelage.losses.top_k import outcomes
 from tutelage.model.adapter import Base, activate, is_adapter, load_adapter, load_weights, weights
@@ -295,13 +297,16 @@ class Scorers:
         """whole models, the last one asked at the end"""
         self._loaded: dict[Path, dict[Path, ModelScorer]] = {}
         """base -> its scorers, by folder"""
-        self.made: dict[Path, ModelScorer | GuestScorer] = {}
+        self.made: dict[Path, ModelScorer | GuestScorer | RemoteScorer] = {}
 
-    def of(self, folder: Path, name: str) -> ModelScorer | GuestScorer:
+    def of(self, folder: Path, name: str) -> ModelScorer | GuestScorer | RemoteScorer:
         """The scorer of a model's folder; ``name`` is for its provenance."""
         if folder not in self.made:
             call = partial(self._load, folder, name)
-            self.made[folder] = GuestScorer(name, call) if self._resident else call()
+            if (folder / REMOTE).exists():
+                self.made[folder] = RemoteScorer(name, Remote.load(folder))
+            else:
+                self.made[folder] = GuestScorer(name, call) if self._resident else call()
         return self.made[folder]
 
     def _load(self, folder: Path, name: str) -> ModelScorer:

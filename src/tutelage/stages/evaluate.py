@@ -28,6 +28,10 @@ def need_domain(types: Callable[[At], Type], tasks: At, domain: str) -> DataType
     return found
 
 
+TEACHING = ("causal", "remote")
+"""Heads of models that may teach."""
+
+
 def need_model(types: Callable[[At], Type], model: At, heads: tuple[str, ...] = ("causal",)) -> ModelType:
     """The type of a model edge. Raises `SpecError` where it is none, or one with another head."""
     found = types(model)

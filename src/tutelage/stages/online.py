@@ -38,7 +38,7 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError, suggest
 from tutelage.stages.budget import Budget, foreseen
 from tutelage.stages.curriculum import Curriculum
-from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model, need_same_ids
+from tutelage.stages.evaluate import REPLY_GUESS, TEACHING, need_domain, need_model, need_same_ids
 from tutelage.stages.fit import need_series, run_order, trained_type
 from tutelage.stages.health import Health, Step, Verdict, repetition, watched
 from tutelage.stages.mixture import Replay, Replays, need_replays, need_weights, replay_tokens, shares
@@ -171,9 +171,9 @@ class Online(Stage):
             if domain not in self.teachers:
                 raise SpecError(f"domain {domain!r} has no teacher{suggest(domain, self.teachers)}")
         for domain, at in self.teachers.items():
-            need_same_ids(f"the teacher of {domain!r}", at, types, model)
+            need_same_ids(f"the teacher of {domain!r}", at, types, model, TEACHING)
         if self.staged:
-            self.staged.check(self.teachers, self.steps, lambda who, at: need_same_ids(who, at, types, model))
+            self.staged.check(self.teachers, self.steps, lambda who, at: need_same_ids(who, at, types, model, TEACHING))
 
     def _check_signals(self) -> None:
         have = set(self.brings)
@@ -210,7 +210,7 @@ class Online(Stage):
         own = need_model(types, self.model).params * (
             each * tokens + learns * replay_tokens(self.replay, self.steps * self.minibatches)
         )
-        teachers = [need_model(types, at).params for at in self.teachers.values()]
+        teachers = [need_model(types, at, TEACHING).params for at in self.teachers.values()]
         asked = sum(teachers) / len(teachers) if teachers else 0.0
         asked += need_model(types, self.reference).params if self.reference else 0.0
         return own + 2.0 * tokens * asked

@@ -21,7 +21,7 @@ from pydantic import Field
 from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.losses.top_k import TopKReverseKL
 from tutelage.spec import SpecError
-from tutelage.stages.evaluate import need_model
+from tutelage.stages.evaluate import TEACHING, need_model
 from tutelage.stages.fit import TOKENS_GUESS, examples, need_examples
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample
@@ -45,7 +45,7 @@ class TeacherScores(Stage):
     """tokens kept at each position"""
 
     def infer(self, types: Callable[[At], Type]) -> dict[str, Type]:
-        model = need_model(types, self.teacher)
+        model = need_model(types, self.teacher, TEACHING)
         data = need_examples(types, self.data, self.template, TopKReverseKL())
         if self.k >= model.vocab:
             raise SpecError(f"k is {self.k}, but the vocabulary has {model.vocab} tokens; give a smaller k")
@@ -55,7 +55,7 @@ class TeacherScores(Stage):
     def estimate(self, types: Callable[[At], Type]) -> float:
         data = types(self.data)
         rows = data.rows if isinstance(data, DataType) else 0
-        return 2.0 * need_model(types, self.teacher).params * rows * TOKENS_GUESS
+        return 2.0 * need_model(types, self.teacher, TEACHING).params * rows * TOKENS_GUESS
 
     def run(self, ctx: Any) -> None:
         from tutelage.learn.learner import Scorers
