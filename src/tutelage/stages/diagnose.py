@@ -41,7 +41,7 @@ from tutelage.envs.base import Ask, Env
 from tutelage.graph import At, DataType, Kind, ModelType, Stage, Type
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError
-from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
+from tutelage.stages.evaluate import need_domain, need_model, tokens_guess
 from tutelage.stages.verdict import judge
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample, Score, Task
@@ -114,7 +114,7 @@ class Diagnose(Stage):
         return (label,) if label in self.domains else self.domains
 
     def estimate(self, types: Callable[[At], Type]) -> float:
-        each = self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
+        each = tokens_guess(self.prompts * self.group, self.sampling)
         own = 4.0 * need_model(types, self.model).params * len(self.domains)
         return each * (own + sum(2.0 * need_model(types, at).params * len(self.asked(n)) for n, at in self.teachers.items()))
 

@@ -14,8 +14,15 @@ from tutelage.spec import SpecError, suggest
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample
 
+PROMPT_GUESS = 24
+"""Tokens of an average prompt, for estimates."""
 REPLY_GUESS = 0.25
 """Share of ``max_new_tokens`` that an average reply is assumed to take, for estimates."""
+
+
+def tokens_guess(samples: float, sampling: Sampling) -> float:
+    """Tokens of so many samples, prompts and replies, roughly."""
+    return samples * (PROMPT_GUESS + sampling.max_new_tokens * REPLY_GUESS)
 
 
 def need_domain(types: Callable[[At], Type], tasks: At, domain: str) -> DataType:
@@ -90,7 +97,7 @@ class Evaluate(Stage):
         return {"scores": ScoresType(self.domain)}
 
     def estimate(self, types: Callable[[At], Type]) -> float:
-        tokens = self.limit * self.sampling.max_new_tokens * REPLY_GUESS
+        tokens = tokens_guess(self.limit, self.sampling)
         return 2.0 * need_model(types, self.model).params * tokens
 
     def run(self, ctx: Any) -> None:

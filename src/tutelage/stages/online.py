@@ -38,7 +38,7 @@ from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError, suggest
 from tutelage.stages.budget import Budget, foreseen
 from tutelage.stages.curriculum import Curriculum
-from tutelage.stages.evaluate import REPLY_GUESS, TEACHING, need_domain, need_model, need_same_ids
+from tutelage.stages.evaluate import TEACHING, need_domain, need_model, need_same_ids, tokens_guess
 from tutelage.stages.fit import need_series, run_order, trained_type
 from tutelage.stages.health import Health, Step, Verdict, repetition, watched
 from tutelage.stages.mixture import Replay, Replays, need_replays, need_weights, replay_tokens, shares
@@ -204,7 +204,7 @@ class Online(Stage):
     def estimate(self, types: Callable[[At], Type]) -> float:
         if self.budget:
             return self.budget.estimate(types)
-        tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
+        tokens = tokens_guess(self.steps * self.prompts * self.group, self.sampling)
         learns = (4.0 if self.adapter else 6.0) * self.epochs
         each = 2.0 + learns + (2.0 if AT_START in self.loss.needs() else 0.0)
         own = need_model(types, self.model).params * (

@@ -24,7 +24,7 @@ from tutelage.envs.base import Env
 from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError
-from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
+from tutelage.stages.evaluate import need_domain, need_model, tokens_guess
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample, Task
 
@@ -66,7 +66,7 @@ class PassRate(Stage):
 
     def estimate(self, types: Callable[[At], Type]) -> float:
         rows = need_domain(types, self.tasks, self.domains[0]).rows
-        tokens = rows * self.samples * self.sampling.max_new_tokens * REPLY_GUESS
+        tokens = tokens_guess(rows * self.samples, self.sampling)
         return 2.0 * need_model(types, self.model).params * tokens
 
     def run(self, ctx: Any) -> None:

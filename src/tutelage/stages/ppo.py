@@ -27,7 +27,7 @@ from tutelage.losses.base import Loss
 from tutelage.losses.policy import DAPO
 from tutelage.losses.value import ClippedValue
 from tutelage.spec import SpecError
-from tutelage.stages.evaluate import REPLY_GUESS, need_model, need_same_ids
+from tutelage.stages.evaluate import need_model, need_same_ids, tokens_guess
 from tutelage.stages.online import SAMPLED, Loop, Online
 from tutelage.types import Sample
 
@@ -74,7 +74,7 @@ class PPO(Online):
     def estimate(self, types: Callable[[At], Type]) -> float:
         if self.budget:
             return self.budget.estimate(types)
-        tokens = self.steps * self.prompts * self.group * self.sampling.max_new_tokens * REPLY_GUESS
+        tokens = tokens_guess(self.steps * self.prompts * self.group, self.sampling)
         return super().estimate(types) + 8.0 * need_model(types, self.value, HEADS).params * tokens
 
     def run(self, ctx: Any) -> None:

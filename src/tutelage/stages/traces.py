@@ -24,7 +24,7 @@ from tutelage.envs.base import Env
 from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError, UserError
-from tutelage.stages.evaluate import REPLY_GUESS, need_domain, need_model
+from tutelage.stages.evaluate import need_domain, need_model, tokens_guess
 from tutelage.stages.fit import run_order
 from tutelage.text.template import Chat, Template
 from tutelage.types import Sample
@@ -68,7 +68,7 @@ class Traces(Stage):
         return {"traces": made}
 
     def estimate(self, types: Callable[[At], Type]) -> float:
-        tokens = self.prompts * self.samples * self.sampling.max_new_tokens * REPLY_GUESS
+        tokens = tokens_guess(self.prompts * self.samples, self.sampling)
         return 2.0 * tokens * sum(need_model(types, at).params for at in self.policies.values())
 
     def run(self, ctx: Any) -> None:
