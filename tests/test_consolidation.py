@@ -83,8 +83,10 @@ def test_what_takes_no_teachers_may_spend_what_the_teachers_spent():
         whole = everything if re.match(r"mixed-rl lr|cascade", name) else student
         assert {key(at.of) for at in budget.of} == whole, name
         assert budget.share == (1 / len(NAMES) if name.startswith("cascade") else 1), name
-        assert [at.of.name for at in budget.less] == (["traces"] if name.startswith("trace-sft") else []), name
-    assert len(budgets) == 3 * (1 + 1 + 1 + len(NAMES))
+        assert [at.of.name for at in budget.less] == (
+            [f"traces of {name.partition(' lr')[0]}"] if "trace-sft" in name else []
+        ), name
+    assert len(budgets) == 3 * (3 + 1 + 1 + len(NAMES))
 
 
 def test_only_the_held_out_split_is_in_the_table():
@@ -119,7 +121,7 @@ def test_the_whole_comparison_in_miniature(tmp_path):
     for lr in ("5e-05", "0.0001", "0.0002"):
         assert sum(spent[f"cascade-{d} lr {lr}"] for d in NAMES) == pytest.approx(teachers + spent["mopd"], rel=0.3)
     for lr in ("0.0005", "0.001", "0.002"):
-        assert spent["traces"] + spent[f"trace-sft lr {lr}"] == pytest.approx(spent["mopd"], rel=0.3)
+        assert spent["traces of trace-sft"] + spent[f"trace-sft lr {lr}"] == pytest.approx(spent["mopd"], rel=0.3)
     report = subprocess.run([*command[:3], "report", "--json", "--store", str(store)], **how)
     assert report.returncode == 0, report.stderr
     found = json.loads(report.stdout)["methods"]

@@ -11,6 +11,9 @@ Each method gets three trials of its one most important setting, chosen on the d
     average          of the specialists' weights: their proportions
     task arithmetic  λ
 
+Where the first seed's development split chose the end of a range, the range was moved, once, before the other seeds were run.
+Trace SFT has two controls: the traces unverified, and verified traces of the SFT policy itself, which needs no specialist.
+
 The routed oracle answers each domain with its specialist. Columns named "raw" ask the same tasks in the base's own raw format,
 which nothing after pretraining has trained: what a method lost elsewhere. What was seen: docs/results/consolidation.md.
 """
@@ -38,10 +41,11 @@ from tutelage.text.template import Document
 RATES = (5e-4, 1e-3, 2e-3)
 """Learning rates tried in SFT and full-vocabulary distillation; the middle one is the quickstart's."""
 SAMPLED_RATES = (1.25e-4, 2.5e-4, 5e-4)
-RL_RATES = (5e-5, 1e-4, 2e-4)
+LONG_RL_RATES = (5e-5, 1e-4, 2e-4)
+SHORT_RL_RATES = (1e-4, 2e-4, 4e-4)
 PROPORTIONS = ((1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1))
 """Of the specialists in the average, in the order of the domains."""
-SCALES = (0.4, 0.7, 1.0)
+SCALES = (0.7, 1.0, 1.3)
 """λ of task arithmetic."""
 RAW = Document(format=LAYOUT, stop=("\n",))
 """How the base is asked: the quickstart's row ``base``."""
@@ -61,11 +65,13 @@ def consolidation(seed: int = 0, base: str | None = None) -> Goals:
         "mopd, balanced": made.full("mopd-balanced", balance=True),
         "mopd, sampled token": made.sampled("mopd-sampled"),
         "mopd, sampled, balanced": made.sampled("mopd-sampled-balanced", balance=True),
-        "trace sft": made.trace_sft(),
-        "mixed rl, student's compute": made.mixed("mixed-rl-short", Budget(of=(made.student.out(),))),
+        "trace sft": made.trace_sft("trace-sft", made.specialists),
+        "trace sft, unverified": made.trace_sft("trace-sft-unverified", made.specialists, at_least=None),
+        "sft on its own traces": made.trace_sft("own-trace-sft", dict.fromkeys(NAMES, made.sft)),
+        "mixed rl, student's compute": made.mixed("mixed-rl-short", SHORT_RL_RATES, (made.student.out(),)),
         "average": made.averages(),
         "task arithmetic": made.arithmetic(),
-        "mixed rl": made.mixed("mixed-rl", Budget(of=made.everything)),
+        "mixed rl": made.mixed("mixed-rl", LONG_RL_RATES, made.everything),
         "cascade rl": made.cascade(),
     }
     return made.goals(methods)
@@ -110,21 +116,22 @@ class _Made:
             trials[f"lr {lr:g}"] = self.student.model_copy(update=fields)
         return self.best(name, trials)
 
-    def trace_sft(self) -> Best:
-        """SFT on what the specialists answer and the verifier accepts, for what the student may spend in all."""
+    def trace_sft(self, name: str, policies: dict[str, At], **changes: Any) -> Best:
+        """SFT on what the policies answer and the verifier accepts, for what the student may spend in all."""
         traces = Traces(
-            name="traces",
-            policies=self.specialists,
+            name=f"traces of {name}",
+            policies=policies,
             tasks=self.tasks.out("rl"),
             env=SOLVED,
             prompts=1000,
             sampling=self.student.sampling,
             seed=self.seed,
+            **changes,
         )
         trials: dict[str, Stage] = {}
         for lr in RATES:
             trials[f"lr {lr:g}"] = Fit(
-                name=f"trace-sft lr {lr:g}",
+                name=f"{name} lr {lr:g}",
                 model=self.sft,
                 data=traces.out(),
                 optimizer=AdamW(lr=lr),
@@ -133,17 +140,19 @@ class _Made:
                 budget=Budget(of=(self.student.out(),), less=(traces.out(),)),
                 seed=self.seed,
             )
-        return self.best("trace-sft", trials)
+        return self.best(name, trials)
 
-    def mixed(self, name: str, budget: Budget) -> Best:
+    def mixed(self, name: str, rates: Sequence[float], compute: tuple[At, ...]) -> Best:
         """One RL on all domains at once."""
-        trials: dict[str, Stage] = {f"lr {lr:g}": self.rl(f"{name} lr {lr:g}", self.sft, NAMES, lr, budget) for lr in RL_RATES}
+        trials: dict[str, Stage] = {}
+        for lr in rates:
+            trials[f"lr {lr:g}"] = self.rl(f"{name} lr {lr:g}", self.sft, NAMES, lr, Budget(of=compute))
         return self.best(name, trials)
 
     def cascade(self) -> Best:
         """RL on one domain after another, each with an equal part of the compute."""
         trials: dict[str, Stage] = {}
-        for lr in RL_RATES:
+        for lr in LONG_RL_RATES:
             start, budget = self.sft, Budget(of=self.everything, share=1 / len(NAMES))
             for name in NAMES:
                 last = self.rl(f"cascade-{name} lr {lr:g}", start, (name,), lr, budget)
