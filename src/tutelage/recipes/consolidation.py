@@ -40,12 +40,12 @@ from tutelage.text.template import Document
 
 RATES = (5e-4, 1e-3, 2e-3)
 """Learning rates tried in SFT and full-vocabulary distillation; the middle one is the quickstart's."""
-SAMPLED_RATES = (1.25e-4, 2.5e-4, 5e-4)
+SAMPLED_RATES = (2.5e-4, 5e-4, 1e-3)
 LONG_RL_RATES = (5e-5, 1e-4, 2e-4)
 SHORT_RL_RATES = (1e-4, 2e-4, 4e-4)
 PROPORTIONS = ((1, 1, 1, 1), (1, 2, 1, 2), (2, 1, 2, 1))
 """Of the specialists in the average, in the order of the domains."""
-SCALES = (0.7, 1.0, 1.3)
+SCALES = (0.4, 0.7, 1.0)
 """λ of task arithmetic."""
 RAW = Document(format=LAYOUT, stop=("\n",))
 """How the base is asked: the quickstart's row ``base``."""
