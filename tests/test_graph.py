@@ -69,6 +69,8 @@ def test_edges_know_the_path_of_their_field():
         ),
         ({"methods": ("left",)}, "table.methods does not name the table's after, 'right'"),
         ({"methods": ("right", "left", "right")}, "table.methods names row 'right' twice"),
+        ({"taught_by": {"lfet": {}}}, "table.taught_by names 'lfet', which is no method; did you mean 'left'?"),
+        ({"taught_by": {"left": {"d": "rigth"}}}, "table.taught_by.left.d names row 'rigth', which the table does not have"),
         ({"teachers": {"b": "left"}}, "table.teachers names domain 'b', which no row has"),
     ],
 )

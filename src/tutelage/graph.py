@@ -128,6 +128,8 @@ class Table(Spec):
     """The row of the student."""
     teachers: dict[str, str] = {}
     """domain -> the row of its teacher."""
+    taught_by: dict[str, dict[str, str]] = {}
+    """method -> domain -> the row of its own teacher, where those are not ``teachers``."""
     controls: tuple[str, ...] = ()
     """Rows that are controls."""
     methods: tuple[str, ...] = ()
@@ -378,6 +380,7 @@ def _check_table(table: Table) -> None:
     named |= {f"teachers.{d}": row for d, row in table.teachers.items()}
     named |= {f"controls.{i}": row for i, row in enumerate(table.controls)} | {f"sources.{r}": r for r in table.sources}
     named |= {f"methods.{i}": row for i, row in enumerate(table.methods)}
+    named |= {f"taught_by.{m}.{d}": row for m, of in table.taught_by.items() for d, row in of.items()}
     for where, row in named.items():
         if row not in table.rows:
             raise SpecError(f"table.{where} names row {row!r}, which the table does not have{suggest(row, table.rows)}")
@@ -385,6 +388,11 @@ def _check_table(table: Table) -> None:
     for domain in table.teachers:
         if domain not in domains:
             raise SpecError(f"table.teachers names domain {domain!r}, which no row has{suggest(domain, domains)}")
+    for method, of in table.taught_by.items():
+        if method not in table.methods:
+            raise SpecError(f"table.taught_by names {method!r}, which is no method{suggest(method, table.methods)}")
+        if of.keys() != table.teachers.keys():
+            raise SpecError(f"table.taught_by.{method} must name a teacher for each of {', '.join(table.teachers)}")
     if table.methods and table.after not in table.methods:
         raise SpecError(
             f"table.methods does not name the table's after, {table.after!r}; the other methods are measured against it"

@@ -90,6 +90,26 @@ def test_the_runs_ledgers_are_those_of_its_student(store, tmp_path):
     assert sums["consolidation"]["stages"] == ["best-fit", "fit-long", "fit-short", "more-traces", "traces"]
 
 
+def test_a_method_that_was_taught_by_others_is_held_to_them(store):
+    file = store.root / "runs" / "consolidation-1.json"
+    body = json.loads(file.read_text())
+    for goal in body["goals"]:
+        goal["record"]["table"]["taught_by"] = {"average": {"a": "mixed RL", "b": "mixed RL"}}
+        goal["record"]["stages"]["average"]["models"] = [synthetic.ref("mixed")]
+    store.save_run("others-1", body)
+    rows = data.collect(store, "others-1")["methods"]["rows"]
+    (store.root / "runs" / "others-1.json").unlink()
+    ratios = []
+    for seed in (0, 1):
+        before, own, after = (
+            sum(by_hand(store, row, d, seed).mean() for d in ("a", "b")) for row in ("sft", "mixed RL", "average")
+        )
+        ratios.append((after - before) / (own - before))
+    assert rows["average"]["recovery"]["mean"] == pytest.approx(np.mean(ratios), abs=1e-6)
+    assert units({"rows": rows}, "average") == (0, 40, 0)
+    assert units({"rows": rows}, "MOPD") == (3.5, 33.5, 0)
+
+
 def test_a_stage_that_goes_by_two_names_is_counted_once(store):
     run = load(store, "last")
     each = run.first

@@ -273,6 +273,16 @@ def test_the_best_trial_is_published_and_all_are_told(tmp_path):
     make(fit(model=stage.out(), steps=1), store)
 
 
+def test_trials_are_measured_in_the_domains_that_count(tmp_path):
+    store = Store(tmp_path / "s")
+    whole, one = make(best(), store).facts["trials"], make(best(domains=("low",)), store).facts["trials"]
+    assert {label: trial["domains"] for label, trial in one.items()} == {
+        n: {"low": t["domains"]["low"]} for n, t in whole.items()
+    }
+    assert all(trial["dev"] == trial["domains"]["low"] for trial in one.values())
+    refused(best(domains=("lwo",)), "no domain 'lwo'", "did you mean 'low'")
+
+
 def test_trials_stopped_anywhere_are_the_same(tmp_path):
     whole, cut = Store(tmp_path / "whole"), Store(tmp_path / "cut")
     done = make(best(), whole)

@@ -1,7 +1,7 @@
 """Ledgers: which stages a row of the table is charged for, read from the graph of one replicate.
 
 ``with_teachers``: everything the row's checkpoint needs that the checkpoint before does not. ``consolidation``: the same
-without the table's teachers and what only they need. ``trials``: what was made to choose and not chosen, and what the
+without its teachers and what only they need. ``trials``: what was made to choose and not chosen, and what the
 choosing cost. Where a stage picks one of several candidates (edges ``candidates.LABEL``, the pick among its facts), only
 the picked one's branch is needed; a branch may be picked at one seed and lost at another. What bounds compute (budgets) or
 chooses a checkpoint (selection) is not needed.
@@ -44,7 +44,7 @@ def parts(each: Replicate, row: str, facts: Facts) -> Parts | None:
         return None
     one = each.one_name
     old = {one.get(n, n) for n in each.above(start.ref)} if start else set()
-    teachers = {one.get(s.ref, s.ref) for s in map(each.source, each.table.teachers.values()) if s}
+    teachers = {one.get(s.ref, s.ref) for s in map(each.source, each.table.teachers_of(row).values()) if s}
     needed = reach(each, source.ref, facts) - old
     tried = reach(each, source.ref, facts, losers=True) - old
     alone = reach(each, source.ref, facts, until=teachers) - old

@@ -57,8 +57,9 @@ def method(
 ) -> JSON:
     """One method."""
     table, source = run.table, run.first.source(row)
+    teachers = table.teachers_of(row)
     raws = {d: {s: measured.raw[s, row, d] for s in measured.seeds_with((row, d))} for d in (*taught, *elsewhere)}
-    recovered = measures.recovery(measured, table.before, table.teachers, row) if table.before and table.teachers else None
+    recovered = measures.recovery(measured, table.before, teachers, row) if table.before and teachers else None
     changes = {d: measured.change(row, table.before, d) for d in elsewhere} if table.before else {}
     return {
         "stage": source.label if source else None,

@@ -62,6 +62,12 @@ class Table:
     methods: tuple[str, ...] = ()
     sources: dict[str, Edge] = field(default_factory=dict)
     """row -> the checkpoint it measures"""
+    taught_by: dict[str, dict[str, str]] = field(default_factory=dict)
+    """method -> domain -> row, where its teachers are others than ``teachers``"""
+
+    def teachers_of(self, row: str) -> dict[str, str]:
+        """domain -> the row of its teacher, for one method"""
+        return self.taught_by.get(row) or self.teachers
 
     def role(self, row: str) -> str:
         """``before`` | ``after`` | ``teacher`` | ``control`` | ``method`` | nothing"""
@@ -80,6 +86,7 @@ def as_table(record: JSON) -> Table:
         tuple(raw.get("controls") or ()),
         tuple(raw.get("methods") or ()),
         {r: as_edge(r, e) for r, e in (raw.get("sources") or {}).items()},
+        raw.get("taught_by") or {},
     )
 
 

@@ -22,7 +22,7 @@ from tutelage.envs.base import Env
 from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.rollout.base import Sampling
 from tutelage.spec import SpecError
-from tutelage.stages.evaluate import need_model
+from tutelage.stages.evaluate import need_domain, need_model
 from tutelage.text.template import Chat, Template
 
 
@@ -36,6 +36,8 @@ class Best(Stage):
     """label of the trial -> its policy"""
     select_on: At
     """Development tasks; every domain counts the same."""
+    domains: tuple[str, ...] = ()
+    """those that count; empty: all that the tasks hold"""
     env: Env
     limit: int = Field(125, ge=1)
     """tasks a domain, the first in the dataset's order"""
@@ -49,6 +51,8 @@ class Best(Stage):
             raise SpecError(
                 f"select_on {self.select_on.of.name}.{self.select_on.port} holds no tasks; give a development split"
             )
+        for domain in self.domains:
+            need_domain(types, self.select_on, domain)
         made = [replace(need_model(types, at), checkpoints=()) for at in self.candidates.values()]
         for label, model in zip(self.candidates, made, strict=True):
             if model != made[0]:
@@ -82,7 +86,8 @@ class Best(Stage):
 
         found: dict[str, list[Any]] = {}
         for task in read_tasks(ctx.input(self.select_on)):
-            found.setdefault(task.domain, []).append(task)
+            if not self.domains or task.domain in self.domains:
+                found.setdefault(task.domain, []).append(task)
         return {d: tasks[: self.limit] for d, tasks in sorted(found.items())}
 
     def _trial(self, ctx: Any, at: At, tasks: dict[str, list[Any]]) -> dict[str, Any]:
