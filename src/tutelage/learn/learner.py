@@ -233,9 +233,10 @@ class Learner:
 
 
 class ModelScorer:
-    """A frozen model as a `tutelage.credit.base.Scorer`; ``adapters`` are those of the model that take part in its scores."""
+    """A model as a `tutelage.credit.base.Scorer`; ``adapters`` are those of the model that take part in its scores. None leaves
+    them as they are, for a model that is trained meanwhile: it is asked with the weights of the moment."""
 
-    def __init__(self, name: str, model: Any, vocab: int | None = None, adapters: Sequence[str] = ()):
+    def __init__(self, name: str, model: Any, vocab: int | None = None, adapters: Sequence[str] | None = ()):
         self.name, self._learner, self._adapters = name, Learner(model, vocab=vocab), adapters
         self.head = Head.of(model, vocab)
         self.params = matmul_params(model)
@@ -243,16 +244,20 @@ class ModelScorer:
         """Tokens scored since the last reset."""
 
     def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
-        activate(self._learner.model, self._adapters)
+        self._switch()
         signals = self._learner.score(samples, temperature, want)
         self._note(samples, signals)
         return signals
 
     def topk(self, samples: Sequence[Sample], temperature: float, k: int) -> list[tuple[Signal, Signal]]:
-        activate(self._learner.model, self._adapters)
+        self._switch()
         pairs = self._learner.topk(samples, temperature, k)
         self._note(samples, [signal for pair in pairs for signal in pair])
         return pairs
+
+    def _switch(self) -> None:
+        if self._adapters is not None:
+            activate(self._learner.model, self._adapters)
 
     def _note(self, samples: Sequence[Sample], signals: Sequence[Signal]) -> None:
         self.scored += sum(len(s.tokens) for s in samples)

@@ -13,7 +13,7 @@ and ``weights`` are mixtures (mixture.py). ``balance`` gives every domain's mean
 tokens count alike, domains with long replies drown the others (Open-MOPD, arXiv 2608.19098). What `PPO` adds hangs on
 `Loop`'s methods (ppo.py).
 
-Leaves out: asynchronous rollouts, several policies in one stage.
+Leaves out: asynchronous rollouts, several policies in one stage (codistill.py).
 """
 
 from __future__ import annotations
@@ -272,21 +272,33 @@ class Loop:
     def run(self) -> None:
         import torch
 
-        stage, ctx = self.stage, self.ctx
-        step, folder = ctx.resume()
+        step, folder = self.ctx.resume()
         if folder:
-            state = torch.load(folder / "state.pt")
-            self._restore(state)
-        while step < stage.steps and ctx.cost.flops < self.allowed:
-            verdict = self._step(step)
-            step += 1
-            if self._ends(step, verdict):
+            self._restore(torch.load(folder / "state.pt"))
+        while self._goes_on(step):
+            if not self._take(step):
+                step += 1
                 break
-            if step in stage.checkpoints:
-                self._publish(step)
-            ctx.boundary(step, self._save)
-        if stage.budget:
-            ctx.facts.update(steps=step, budget=self.allowed)
+            step += 1
+            self.ctx.boundary(step, self._save)
+        self._finish(step)
+
+    def _goes_on(self, step: int) -> bool:
+        """Whether there is a step number ``step``."""
+        return step < self.stage.steps and self.ctx.cost.flops < self.allowed
+
+    def _take(self, step: int) -> bool:
+        """Takes step number ``step`` and keeps the checkpoint that is to follow it; False where health ends the stage."""
+        if self._ends(step + 1, self._step(step)):
+            return False
+        if step + 1 in self.stage.checkpoints:
+            self._publish(step + 1)
+        return True
+
+    def _finish(self, steps: int) -> None:
+        """Publishes what so many steps have made."""
+        if self.stage.budget:
+            self.ctx.facts.update(steps=steps, budget=self.allowed)
         self._publish()
 
     def _save(self, folder: Path) -> None:
