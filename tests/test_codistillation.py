@@ -100,4 +100,4 @@ def test_the_whole_study_in_miniature(tmp_path):
         assert "student" in (homes[f"codistill {label}"] / "student" / "README.md").read_text()
     report = subprocess.run([*command, "report", "--json", "--store", str(store)], **how)
     assert report.returncode == 0, report.stderr
-    assert list(json.loads(report.stdout)["methods"]) == list(rec["table"]["methods"])
+    assert list(json.loads(report.stdout)["methods"]["rows"]) == list(rec["table"]["methods"])
