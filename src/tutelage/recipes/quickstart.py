@@ -10,6 +10,7 @@ from typing import Any
 
 from tutelage.credit.group import GroupRelative
 from tutelage.credit.teacher import Teacher
+from tutelage.envs.base import Env
 from tutelage.envs.single import SingleTurn
 from tutelage.graph import At, Goals, Stage, Table
 from tutelage.learn.optim import AdamW, Muon, Schedule
@@ -73,26 +74,15 @@ def quickstart(seed: int = 0, base: str | None = None) -> Goals:
 def started(seed: int, base: str | None = None) -> tuple[TaskSplits, Stage, Fit]:
     """The tasks, the base and the SFT policy that everything else starts from; studies start there too."""
     tasks = TaskSplits(name="tasks", domains=DOMAINS)
-    start = _pretrained(tasks, seed) if base is None else Pretrained(name="pretrain", path=base)
-    select = Selection(tasks=tasks.out("dev"), env=SOLVED, every=20, limit=125, patience=3, sampling=GREEDY)
-    sft = Fit(
-        name="sft",
-        model=start.out(),
-        data=tasks.out("gold"),
-        optimizer=AdamW(lr=1e-3),
-        schedule=Schedule(warmup=5),
-        steps=200,
-        select=select,
-        seed=seed,
-    )
-    return tasks, start, sft
+    start = pretrained(tasks, seed) if base is None else Pretrained(name="pretrain", path=base)
+    return tasks, start, tuned(tasks, start, seed)
 
 
-def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
-    """A small decoder, pretrained to an imperfect base on documents of which some are wrong."""
-    init = NewModel(name="init", alphabet=ALPHABET, seed=seed)
+def pretrained(tasks: TaskSplits, seed: int, suffix: str = "") -> Stage:
+    """A small decoder, pretrained to an imperfect base on documents of which some are wrong. ``suffix`` goes to the names."""
+    init = NewModel(name=f"init{suffix}", alphabet=ALPHABET, seed=seed)
     return Fit(
-        name="pretrain",
+        name=f"pretrain{suffix}",
         model=init.out(),
         data=tasks.out("pretrain"),
         template=Document(),
@@ -102,6 +92,22 @@ def _pretrained(tasks: TaskSplits, seed: int) -> Stage:
         rows=32,
         seed=seed,
     )
+
+
+def tuned(tasks: TaskSplits, start: Stage, seed: int, env: Env = SOLVED, **changes: Any) -> Fit:
+    """SFT on the gold answers, to the best of its development trials, which ``env`` judges; with other fields."""
+    select = Selection(tasks=tasks.out("dev"), env=env, every=20, limit=125, patience=3, sampling=GREEDY)
+    fields: dict[str, Any] = {
+        "name": "sft",
+        "model": start.out(),
+        "data": tasks.out("gold"),
+        "optimizer": AdamW(lr=1e-3),
+        "schedule": Schedule(warmup=5),
+        "steps": 200,
+        "select": select,
+        "seed": seed,
+    }
+    return Fit(**{**fields, **changes})
 
 
 def specialist(domain: str, tasks: TaskSplits, sft: Stage, **changes: Any) -> Online:
@@ -145,14 +151,16 @@ def distilled(tasks: TaskSplits, sft: Stage, teachers: dict[str, At], seed: int,
     return Online(**{**fields, **changes})
 
 
-def measured(label: str, stage: Stage, tasks: TaskSplits, domain: str, template: Template | None = None) -> At:
+def measured(
+    label: str, stage: Stage, tasks: TaskSplits, domain: str, template: Template | None = None, env: Env = SOLVED
+) -> At:
     """Greedy accuracy of a checkpoint on a domain's held-out tasks."""
     return Evaluate(
         name=f"eval {label} / {domain}",
         model=stage.out(),
         tasks=tasks.out("heldout"),
         domain=domain,
-        env=SOLVED,
+        env=env,
         sampling=GREEDY,
         template=template or Chat(),
     ).out()
