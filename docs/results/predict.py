@@ -109,28 +109,26 @@ def _numbers(told: dict[str, Any], domain: str) -> dict[str, float | None]:
 def correlation(x: np.ndarray, y: np.ndarray, clusters: list[str]) -> dict[str, Any]:
     """Spearman's ρ of x and y [n] with its interval from draws of whole clusters; None where it is not defined."""
     names = list(dict.fromkeys(clusters))
-    members = [np.flatnonzero([c == name for c in clusters]) for name in names]
-    rng = np.random.default_rng(zlib.crc32(b"predict"))
-    drawn = []
-    for _ in range(DRAWS if len(names) > 2 else 0):
-        picks = np.concatenate([members[i] for i in rng.integers(0, len(names), len(names))])
-        rho = spearman(x[picks], y[picks])
-        drawn += [] if rho is None else [rho]
-    interval = [float(v) for v in np.quantile(drawn, (0.025, 0.975))] if drawn else None
-    return {"rho": spearman(x, y), "interval": interval, "points": len(x)}
+    drawn = np.ones((1, len(x)))
+    if len(names) > 2:
+        rng = np.random.default_rng(zlib.crc32(b"predict"))
+        counts = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), DRAWS)
+        drawn = np.concatenate([drawn, counts[:, [names.index(c) for c in clusters]]])
+    rho = spearman(x, y, drawn)
+    known = rho[1:][np.isfinite(rho[1:])]
+    interval = [float(v) for v in np.quantile(known, (0.025, 0.975))] if known.size else None
+    return {"rho": float(rho[0]) if np.isfinite(rho[0]) else None, "interval": interval, "points": len(x)}
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's correlation of the ranks, equals sharing their mean rank; None where one of the two never varies."""
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Mean ranks [n], from 0."""
-    _, where, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[where]
+def spearman(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[D]: Pearson's correlation of the ranks of x and y [n], equals sharing their mean rank, where each point stands
+    ``weights`` [D, n] times; nan where one of the two never varies."""
+    size = weights.sum(1, keepdims=True)
+    one, other = (weights @ ((v[:, None] < v) + 0.5 * (v[:, None] == v)) for v in (x, y))  # [D, n]
+    one, other = (r - (weights * r).sum(1, keepdims=True) / size for r in (one, other))
+    both, var, var_other = ((weights * a * b).sum(1) for a, b in ((one, other), (one, one), (other, other)))
+    sure = (var > 1e-9) & (var_other > 1e-9)
+    return np.where(sure, both / np.sqrt(np.where(sure, var * var_other, 1.0)), np.nan)
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -164,6 +162,10 @@ def main() -> None:
         found = predictors(Store(given.store, create=False), given.run)
         if found is None:
             raise UserError(f"run {given.run!r} measured no teachers of its methods; give a finished run of studies/diagnose")
+        if not any(found["points"].values()):
+            raise UserError(
+                f"run {given.run!r} has no teacher that is surely better than its student; give one with more seeds"
+            )
     except (UserError, OSError) as error:
         asked.exit(2, f"error: {error}\n")
     sys.stdout.write(json.dumps(found, indent=1) if given.json else shown(found))

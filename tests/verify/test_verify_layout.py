@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 from corruptions import CORRUPTIONS, spoil
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tutelage.spec import SpecError, build
@@ -55,6 +55,7 @@ def test_a_layout_that_is_not_whole_is_no_layout(items, half):
     assert values(EITHER, [(i.task, half.format(i.task.gold)) for i in items]) == {0.0}
 
 
+@settings(deadline=None)
 @given(st.text(ALPHABET.replace("|", "")))
 def test_what_is_wrapped_comes_back(text):
     assert LAYOUT.plain(LAYOUT.wrapped(text)) == text
