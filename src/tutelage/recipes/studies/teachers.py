@@ -1,9 +1,9 @@
 """Are many narrow teachers better than few broad ones, and does it matter how the tokens are shared among them?
 
-The quickstart's four domains are cut in two by level, short and long: eight domains that one base knows. As
-many prompts in RL make eight specialists of one half each, four of two (the quickstart's), or two of four.
-From each set one student learns, on the same prompts, all tokens alike or all domains alike; long domains take most tokens where all
-count alike (``token_share`` in the metrics tells).
+The quickstart's four domains are cut in two by level, short and long: eight domains that one base knows. As many prompts in RL
+make eight specialists of one half each, four of two (the quickstart's), or two of four. From each set one student learns, on
+the same prompts, all tokens alike or all domains alike; long domains take most tokens where all count alike (``token_share``
+in the metrics tells).
 
 Leaves out: eight domains that have nothing in common, which needs a base pretrained on more.
 """
