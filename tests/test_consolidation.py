@@ -124,5 +124,5 @@ def test_the_whole_comparison_in_miniature(tmp_path):
         assert spent["traces of trace-sft"] + spent[f"trace-sft lr {lr}"] == pytest.approx(spent["mopd"], rel=0.3)
     report = subprocess.run([*command[:3], "report", "--json", "--store", str(store)], **how)
     assert report.returncode == 0, report.stderr
-    found = json.loads(report.stdout)["methods"]
+    found = json.loads(report.stdout)["methods"]["rows"]
     assert list(found) == list(rec["table"]["methods"])

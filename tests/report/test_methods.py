@@ -146,8 +146,10 @@ def test_what_the_recipe_is_charged_for():
         assert mine.picks == {best: first[best]}
         assert len(ledgers.candidates(each, best)) == 3
         assert mine.with_teachers - mine.consolidation in (rl, set()), row
-        assert (mine.with_teachers == mine.consolidation) == (row in ("mixed rl", "mixed rl, student's compute", "cascade rl"))
-        length = {"trace sft": 3, "cascade rl": 5}.get(row, 2)  # with the traces; with every domain's RL
+        assert (mine.with_teachers == mine.consolidation) == (
+            row in ("mixed rl", "mixed rl, student's compute", "cascade rl", "sft on its own traces")
+        )
+        length = 3 if "trace" in row else 5 if row == "cascade rl" else 2  # with the traces; with every domain's RL
         assert len(mine.consolidation) == length, row
         assert len(mine.trials) == 2 * (4 if row == "cascade rl" else 1)
 
