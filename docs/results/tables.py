@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tutelage.report import compare, data, stats
+from tutelage.report import compare, data, methods_show, stats
 from tutelage.spec import UserError, suggest
 from tutelage.store import Store
 
@@ -87,11 +87,11 @@ def training(of: dict[str, Any]) -> str:
 
 
 def methods(of: dict[str, Any]) -> str:
-    """Scores of the methods: means over the domains taught, against the reference, by domain, and what was lost elsewhere."""
+    """Scores of the methods: means over the domains taught, against the reference, and by domain."""
     found = of["methods"]
     reference, before = found["reference"], (found["before"] or {}).get("row")
-    lines = [["method", "mean (95 %)", "seeds", f"minus {reference} (95 %)", "p, Holm", "recovery (95 %)", *found["taught"]]]
-    lines[0] += [f"{d}, minus {before}" for d in found["elsewhere"]]
+    lines = [["method", "mean (95 %)", "seeds", f"minus {reference} (95 %)", "seeds, lowest to highest", "p, Holm"]]
+    lines[0] += ["recovery (95 %)", *found["taught"]]
     for row, m in found["rows"].items():
         minus, rec, mean = m["minus_reference"], m["recovery"], m["mean"]
         cells = [
@@ -99,35 +99,43 @@ def methods(of: dict[str, Any]) -> str:
             spread(mean.get("mean"), mean.get("interval")),
             ", ".join(percent(s["mean"]) for s in mean.get("seeds", ())),
         ]
-        cells += [
-            spread(minus["difference"], minus["interval"], "+") if minus else "–",
-            chance(minus.get("p_holm")) if minus else "–",
-        ]
+        cells += [spread(minus["difference"], minus["interval"], "+"), sides(minus)] if minus else ["–", "–"]
+        cells.append(chance(minus.get("p_holm")) if minus else "–")
         cells.append(spread(rec["mean"], rec["interval"]) if rec else "–")
-        cells += [percent(m["domains"].get(d, {}).get("mean")) for d in found["taught"]]
-        changes = (m["elsewhere"].get(d) for d in found["elsewhere"])
-        lines.append([*cells, *(spread(c["difference"], c["interval"], "+") if c else "–" for c in changes)])
+        lines.append([*cells, *(percent(m["domains"].get(d, {}).get("mean")) for d in found["taught"])])
     for name, mean in (("routed oracle", found["oracle"]), (f"before: {before}", found["before"])):
         if mean and mean.get("seeds"):
             seeds = ", ".join(percent(s["mean"]) for s in mean["seeds"])
-            rest = [
-                percent(of["scores"][before]["domains"].get(d, {}).get("mean"))
-                for d in found["taught"]
-                if mean is found["before"]
-            ]
-            rest = (rest or ["–"] * len(found["taught"])) + ["–"] * len(found["elsewhere"])
-            lines.append([name, spread(mean["mean"], mean["interval"]), seeds, "–", "–", "–", *rest])
+            scored = of["scores"][before]["domains"] if mean is found["before"] else {}
+            rest = [percent(scored.get(d, {}).get("mean")) for d in found["taught"]]
+            lines.append([name, spread(mean["mean"], mean["interval"]), seeds, "–", "–", "–", "–", *rest])
+    return table(lines)
+
+
+def others(of: dict[str, Any]) -> str:
+    """The columns that no teacher teaches, such as the same tasks in another format: every row that has them. No test."""
+    found = of["methods"]
+    beside = f", minus {found['before']['row']} (95 %)" if found["before"] else ""
+    lines = [["", *(f"{d}{beside}" for d in found["others"])]]
+    for row, m in {**found["references"], **found["rows"]}.items():
+        cells = []
+        for d in found["others"]:
+            change = m["others"].get(d)
+            minus = f", {spread(change['difference'], change['interval'], '+')}; {sides(change)}" if change else ""
+            cells.append(percent(m["domains"].get(d, {}).get("mean")) + minus)
+        lines.append([row, *cells])
     return table(lines)
 
 
 def ledgers(of: dict[str, Any]) -> str:
-    """What each method spent: TFLOP of one replicate, the mean over seeds and every seed."""
-    lines = [
-        ["method", "consolidation alone: mean, seeds", "with the teachers: mean, seeds", "trials, on no budget: mean, seeds"]
-    ]
-    for row, m in of["methods"]["rows"].items():
+    """What each method spent: TFLOP of one replicate, every seed and the mean over the seeds that are scored."""
+    names = {"consolidation": "consolidation alone", "with_teachers": "with the teachers"}
+    names |= {"trials": "trials, on no budget", "with_trials": "with teachers and trials"}
+    lines = [["method", *(f"{words}: mean, seeds" for words in names.values())]]
+    oracle = {"routed oracle": of["methods"]["oracle"]} if of["methods"]["oracle"] else {}
+    for row, m in {**of["methods"]["rows"], **oracle}.items():
         cells = []
-        for name in ("consolidation", "with_teachers", "trials"):
+        for name in names:
             each = [tera(s[name]) for s in m["ledgers"]["seeds"]] if m["ledgers"] else []
             cells.append(f"{tera(m['ledgers']['mean'][name])}: {', '.join(each)}" if each else "–")
         lines.append([row, *cells])
@@ -140,8 +148,15 @@ def trials(of: dict[str, Any]) -> str:
     for row, m in of["methods"]["rows"].items():
         for one in m["picks"]:
             scores = ", ".join(f"{label} {percent(dev)}" for label, dev in one["trials"].items())
-            lines.append([row, one["stage"], str(one["seed"]), one["candidate"], scores])
+            picked = one["candidate"] + (f" ({one['end']})" if one["end"] else "")
+            lines.append([row, one["stage"], str(one["seed"]), picked, scores])
     return table(lines)
+
+
+def sides(difference: dict[str, Any]) -> str:
+    """``3/3 above: +1.0 to +2.1``: the seeds on the side of the mean, and from the lowest to the highest."""
+    reach = methods_show.reach(difference)
+    return methods_show.sided(difference) + (f": {reach}" if reach else "")
 
 
 def percent(value: float | None) -> str:
@@ -168,7 +183,7 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-TABLES = {f.__name__: f for f in (accuracy, paired, training, methods, ledgers, trials)}
+TABLES = {f.__name__: f for f in (accuracy, paired, training, methods, others, ledgers, trials)}
 
 
 def filled(page: Path) -> str:

@@ -21,10 +21,12 @@ from tests.report import consolidation as study
 from tests.report import synthetic
 from tests.report.consolidation import UNIT
 from tutelage import cli
-from tutelage.report import data, html, ledgers, methods_show, plots, scatter, stats, terminal
+from tutelage.report import data, html, ledgers, methods, methods_show, plots, scatter, stats, terminal
 from tutelage.report.read import Replicate, load
 
 ROOT = Path(__file__).parents[2]
+NAMES = ("methods", "others", "ledgers", "trials")
+"""Of the tables of a study's page."""
 METHODS = ("MOPD", "trace SFT", "mixed RL", "average", "task arithmetic")
 
 
@@ -45,6 +47,12 @@ def units(methods, row, seed=None):
     return tuple(None if spent[k] is None else spent[k] / UNIT for k in ("consolidation", "with_teachers", "trials"))
 
 
+def in_all(of):
+    """With the teachers and the trials, in units: by seed, and on average."""
+    units = [None if s["with_trials"] is None else s["with_trials"] / UNIT for s in (*of["seeds"], of["mean"])]
+    return units[:-1], units[-1]
+
+
 def by_hand(store, row, domain, seed):
     goal = next(g for g in store.load_run("last")["goals"] if g["seed"] == seed)
     file = store.path(goal["keys"][f"eval {row} / {domain}"], "scores") / "scores.parquet"
@@ -62,6 +70,16 @@ def test_ledgers_equal_the_sums_by_hand(found):
     assert units(methods, "mixed RL") == (40, 40, 0)  # its budget's stages are not what it is made from
     assert units(methods, "average") == (0, 30, 0)
     assert units(methods, "task arithmetic") == (0, 30, 7)
+
+
+def test_what_the_search_cost_is_added_to_what_the_method_and_its_teachers_cost(found):
+    rows = found["methods"]["rows"]
+    assert in_all(rows["MOPD"]["ledgers"]) == ([33, 34], 33.5)
+    assert in_all(rows["task arithmetic"]["ledgers"]) == ([37, 37], 37)
+    assert in_all(rows["trace SFT"]["ledgers"]) == ([39 + 16, 49 + 6], 55)  # all that was made, whichever was picked
+    oracle = found["methods"]["oracle"]["ledgers"]
+    assert [oracle["mean"][k] for k in ("consolidation", "with_teachers", "trials")] == [0, 30 * UNIT, 0]
+    assert in_all(oracle) == ([30, 30], 30)
 
 
 def test_a_pick_that_differs_by_seed_is_charged_by_seed(found):
@@ -119,7 +137,7 @@ def test_a_stage_that_goes_by_two_names_is_counted_once(store):
         "candidates": {"short": synthetic.ref("fit-short"), "again": synthetic.ref("twin")},
     }
     twins = Replicate(0, {**each.record, "stages": stages}, {**each.keys, "twin": each.keys["fit-short"]})
-    mine = ledgers.parts(twins, "trace SFT", lambda name: {"selected": {"candidate": "again"}})
+    mine = ledgers.parts(twins, ["trace SFT"], lambda name: {"selected": {"candidate": "again"}})
     assert mine.consolidation == {"best-fit", "fit-short", "traces"}
     assert mine.trials == set()
 
@@ -127,7 +145,7 @@ def test_a_stage_that_goes_by_two_names_is_counted_once(store):
 def test_a_teacher_that_is_continued_is_a_teachers_cost(store):
     each = load(store, "last").first
     stages = {**each.record["stages"], "mixed": {"kind": "stages.online.Online", "model": synthetic.ref("rl-a")}}
-    mine = ledgers.parts(Replicate(0, {**each.record, "stages": stages}, each.keys), "mixed RL", lambda name: {})
+    mine = ledgers.parts(Replicate(0, {**each.record, "stages": stages}, each.keys), ["mixed RL"], lambda name: {})
     assert (mine.consolidation, mine.with_teachers) == ({"mixed"}, {"mixed", "rl-a"})
 
 
@@ -140,16 +158,15 @@ def test_what_the_recipe_is_charged_for():
     each = Replicate(0, rec, {})
     first = {n: next(iter(s["candidates"])) for n, s in rec["stages"].items() if "candidates" in s}
     rl = {f"rl-{d}" for d in rec["table"]["teachers"]}
+    alone = ("mixed rl", "mixed rl, student's compute", "cascade rl", "sft on its own traces")
     for row in rec["table"]["methods"]:
-        mine = ledgers.parts(each, row, lambda name: {"selected": {"candidate": first.get(name)}})
+        mine = ledgers.parts(each, [row], lambda name: {"selected": {"candidate": first.get(name)}})
         best = each.source(row).ref
         assert mine.picks == {best: first[best]}
         assert len(ledgers.candidates(each, best)) == 3
         assert mine.with_teachers - mine.consolidation in (rl, set()), row
-        assert (mine.with_teachers == mine.consolidation) == (
-            row in ("mixed rl", "mixed rl, student's compute", "cascade rl", "sft on its own traces")
-        )
-        length = 3 if "trace" in row else 5 if row == "cascade rl" else 2  # with the traces; with every domain's RL
+        assert (mine.with_teachers == mine.consolidation) == (row in alone)
+        length = 5 if row == "cascade rl" else 3 if "sft" in row else 2  # with every domain's RL; with the traces
         assert len(mine.consolidation) == length, row
         assert len(mine.trials) == 2 * (4 if row == "cascade rl" else 1)
 
@@ -158,7 +175,10 @@ def test_a_run_in_progress_tells_what_is_missing(tmp_path):
     skip = (("fit-long", 0), ("best-sum", 1), ("mopd", 1), ("eval MOPD / a", 1), ("eval average / b", 0))
     found = data.collect(study.build(tmp_path / "s", skip=skip), "last")["methods"]
     assert units(found, "trace SFT", 0) == (9, 39, None)  # a loser is not made
-    assert units(found, "trace SFT") == (14, 44, 6)
+    assert units(found, "trace SFT") == (14, 44, None)  # its mean score is of both seeds, and one's trials are not known
+    assert in_all(found["rows"]["trace SFT"]["ledgers"]) == ([None, 55], None)
+    assert units(found, "MOPD") == (3, 33, 0)
+    assert units(found, "average") == (0, 30, 0)
     assert units(found, "task arithmetic", 1) == (None, None, None)  # not picked yet
     assert units(found, "MOPD", 1) == (None, None, 0)
     assert [s["missing"] for s in found["rows"]["trace SFT"]["ledgers"]["seeds"]] == [["fit-long"], []]
@@ -168,6 +188,8 @@ def test_a_run_in_progress_tells_what_is_missing(tmp_path):
     console = Console(file=io.StringIO(), width=80)
     methods_show.show(found, console)
     assert "not made yet: task arithmetic, seed 1: best-sum" in console.file.getvalue()
+    assert "note: average: the mean of seed 1 alone" in console.file.getvalue()
+    assert "note: trace SFT" not in console.file.getvalue()
     assert "Not made yet: MOPD, seed 1: mopd." in html.methods_page(
         {"run": "r", "recipe": None, "seeds": [0, 1], "methods": found}
     )
@@ -179,7 +201,7 @@ def test_a_run_in_progress_tells_what_is_missing(tmp_path):
 def test_scores_equal_the_files(store, found):
     methods = found["methods"]
     assert (list(methods["rows"]), methods["reference"]) == (list(METHODS), "MOPD")
-    assert (methods["taught"], methods["elsewhere"]) == (["a", "b"], ["raw a"])
+    assert (methods["taught"], methods["others"]) == (["a", "b"], ["raw a"])
     for row in METHODS:
         m = methods["rows"][row]
         means = [np.mean([by_hand(store, row, d, s).mean() for d in "ab"]) for s in (0, 1)]
@@ -187,7 +209,8 @@ def test_scores_equal_the_files(store, found):
         assert m["mean"]["mean"] == pytest.approx(np.mean(means), abs=1e-6)
         assert m["mean"]["interval"][0] < m["mean"]["mean"] < m["mean"]["interval"][1]
         lost = np.mean([(by_hand(store, row, "raw a", s) - by_hand(store, "sft", "raw a", s)).mean() for s in (0, 1)])
-        assert m["elsewhere"]["raw a"]["difference"] == pytest.approx(lost, abs=1e-6)
+        assert m["others"]["raw a"]["difference"] == pytest.approx(lost, abs=1e-6)
+        assert "p" not in m["others"]["raw a"]
     assert methods["rows"]["MOPD"]["recovery"]["mean"] == found["recovery"]["mean"]
     assert methods["rows"]["MOPD"]["minus_reference"] is None
     oracle = np.mean([by_hand(store, f"specialist {d}", d, s).mean() for d in "ab" for s in (0, 1)])
@@ -215,7 +238,6 @@ def test_differences_are_tested_by_task_with_seeds_summed(store, found):
 
 def test_domains_of_unequal_size_count_alike(store):
     """With twice the tasks in one domain, the other's differences weigh twice: the test is of the mean that is shown."""
-    from tutelage.report import methods
     from tutelage.report.measures import Measures
 
     measured = Measures(store, load(store, "last"))
@@ -227,6 +249,59 @@ def test_domains_of_unequal_size_count_alike(store):
     assert len(b) == 2 * len(a)
     found = methods.against(measured, "mixed RL", "MOPD", ["a", "b"])
     assert found["p"] == stats.sign_flip(np.concatenate([2 * a, b])) != stats.sign_flip(np.concatenate([a, b]))
+
+
+def test_rows_that_are_no_methods_stand_beside_them_in_the_other_columns(store, found):
+    beside = found["methods"]["references"]
+    assert list(beside) == ["sft", "specialist a", "specialist b"]
+    for row, entry in beside.items():
+        assert list(entry["domains"]) == ["raw a"]
+        mean = np.mean([by_hand(store, row, "raw a", s).mean() for s in (0, 1)])
+        assert entry["domains"]["raw a"]["mean"] == pytest.approx(mean, abs=1e-6)
+    assert beside["sft"]["others"] == {}
+    lost = np.mean([(by_hand(store, "specialist a", "raw a", s) - by_hand(store, "sft", "raw a", s)).mean() for s in (0, 1)])
+    assert beside["specialist a"]["others"]["raw a"]["difference"] == pytest.approx(lost, abs=1e-6)
+
+
+def test_a_difference_and_its_domains_and_their_p_are_of_the_same_seeds(tmp_path):
+    """At seed 1 domain b is not measured: seed 1 of domain a is in no difference, as it is in no mean and no p."""
+    made = study.build(tmp_path / "s", n=60, skip=(("eval average / b", 1),))
+    gap = data.collect(made, "last")["methods"]["rows"]["average"]["minus_reference"]
+    values = {d: by_hand(made, "average", d, 0) - by_hand(made, "MOPD", d, 0) for d in "ab"}
+    for d in "ab":
+        assert [s["seed"] for s in gap["domains"][d]["seeds"]] == [0]
+        assert gap["domains"][d]["difference"] == pytest.approx(values[d].mean(), abs=1e-6)
+        assert gap["domains"][d]["p"] == pytest.approx(stats.sign_flip(values[d]), abs=1e-6)
+    both = (by_hand(made, "average", "a", 1) - by_hand(made, "MOPD", "a", 1)).mean()
+    assert both != pytest.approx(values["a"].mean())
+    assert gap["difference"] == pytest.approx(np.mean([v.mean() for v in values.values()]), abs=1e-6)
+
+
+def test_compute_is_of_the_seeds_that_are_scored(tmp_path):
+    found = data.collect(study.build(tmp_path / "s", skip=(("eval MOPD / a", 1),)), "last")["methods"]
+    assert units(found, "MOPD", 1) == (4, 34, 0)
+    assert units(found, "MOPD") == (3, 33, 0)
+    none = study.build(tmp_path / "n", skip=(("eval specialist a / a", 0), ("eval specialist a / a", 1)))
+    assert data.collect(none, "last")["methods"]["oracle"] == {}
+
+
+@pytest.mark.parametrize(
+    ("label", "trials", "said"),
+    [
+        ("lr 5e-05", ["lr 5e-05", "lr 0.0001", "lr 0.0002"], "end of the range"),
+        ("lr 0.0001", ["lr 0.0001", "lr 5e-05", "lr 0.0002"], ""),  # in the order of the numbers
+        ("lr 0.0002", ["lr 0.0001", "lr 5e-05", "lr 0.0002"], "end of the range"),
+        ("scale 1", ["scale 0.4", "scale 0.7", "scale 1"], "end of the range"),
+        ("1:1:1:1", ["1:1:1:1", "1:2:1:2", "2:1:2:1"], "first of its trials"),
+        ("1:2:1:2", ["1:1:1:1", "1:2:1:2", "2:1:2:1"], ""),
+        ("long", ["short", "long"], "last of its trials"),
+        ("budget 1", ["0.5", "budget 1"], "last of its trials"),
+        ("only", ["only"], ""),
+        ("lr 1", [], ""),
+    ],
+)
+def test_a_pick_at_an_end_of_its_trials(label, trials, said):
+    assert methods.at_end(label, trials) == said
 
 
 def test_a_table_without_methods_has_none(tmp_path):
@@ -252,6 +327,78 @@ def test_the_terminal_prints_every_method_and_seed(store, found, width):
     assert re.search(r"trace SFT +0 .*90 GFLOP +390 GFLOP +160 GFLOP +short", seeds)
     assert re.search(r"  +1 .*190 GFLOP +490 GFLOP +60 GFLOP +long", seeds)
     assert "routed oracle" in table
+
+
+def gap(*seeds, p):
+    """A difference, by seed."""
+    return {
+        "difference": sum(seeds) / len(seeds),
+        "interval": (0.001, 0.2),
+        "p_holm": p,
+        "seeds": [{"seed": i, "difference": d} for i, d in enumerate(seeds)],
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "sure", "sided", "reach"),
+    [
+        (gap(0.01, 0.02, 0.03, p=0.04), True, "3/3 above", "+1.0 to +3.0"),
+        (gap(-0.01, -0.02, p=0.001), True, "2/2 below", "−2.0 to −1.0"),
+        (gap(0.01, 0.02, p=0.05), False, "2/2 above", "+1.0 to +2.0"),
+        (gap(0.2, -0.01, p=0.001), False, "1/2 above", "−1.0 to +20.0"),
+        (gap(-0.2, 0.0, p=0.001), False, "1/2 below", "−20.0 to +0.0"),
+        (gap(0.2, p=0.001), False, "1/1 above", ""),  # one seed
+        (gap(0.1, 0.1, p=None), False, "2/2 above", "+10.0 to +10.0"),
+    ],
+)
+def test_a_difference_is_sure_where_every_one_of_several_seeds_agrees(entry, sure, sided, reach):
+    assert (methods_show.sure(entry), methods_show.sided(entry), methods_show.reach(entry)) == (sure, sided, reach)
+
+
+def test_only_sure_differences_are_bold_or_coloured(found):
+    """Everywhere a difference stands, with one that is sure, one that is of two signs and one of a single seed."""
+    shown = json.loads(json.dumps(found["methods"]))
+    gaps = {"trace SFT": gap(-0.033, -0.053, p=0.01), "mixed RL": gap(0.111, -0.022, p=0.01), "average": gap(-0.077, p=0.01)}
+    for row, made in gaps.items():
+        shown["rows"][row]["minus_reference"] = {**made, "domains": {"a": made, "b": made}}
+    shown["rows"]["task arithmetic"]["minus_reference"] = None
+    page = html.methods_page({"run": "r", "recipe": None, "seeds": [0, 1], "methods": shown})
+    table = page.partition("</figure>")[2].partition("<footer")[0]
+    assert re.findall(r"<strong[^>]*>([^<]*)<", table) == ["−4.3"] * 3
+    assert re.findall(r'class="(?:good|bad)">([^<]*)<', table) == ["−4.3"] * 3
+    assert "1/2 above: −2.2 to +11.1" in table
+    console = Console(file=io.StringIO(), width=100, force_terminal=True, color_system="standard")
+    methods_show.show(shown, console)
+    bold = [re.sub(r"\x1b.*?m", "", b).strip() for b in re.findall(r"\x1b\[1m(.*?)\x1b\[0m", console.file.getvalue())]
+    numbers = [b for b in bold if re.search(r"[+−]\d", b)]
+    assert numbers
+    assert all("−4.3" in b or b in ("−5.3 to −3.3", "−3.3", "−5.3") for b in numbers)
+    text = re.sub(r"\x1b.*?m", "", console.file.getvalue())
+    assert re.search(r"mixed RL +1/2 above +−2.2 to \+11.1 +\+11.1 +−2.2", text)
+    assert "p speaks of these checkpoints" in re.sub(r"\s+", " ", text)
+
+
+def test_with_one_seed_nothing_is_bold(tmp_path):
+    alone = data.collect(study.build(tmp_path / "s", n=200, seeds=(0,)), "last")["methods"]
+    assert min(m["minus_reference"]["p_holm"] for m in alone["rows"].values() if m["minus_reference"]) < 0.05
+    page = html.methods_page({"run": "r", "recipe": None, "seeds": [0], "methods": alone})
+    assert not re.search(r'<strong|class="(?:good|bad)"', page)
+    assert "with one seed nothing is" in page
+
+
+def test_other_columns_are_called_so_and_stand_apart(found):
+    page = html.methods_page({"run": "r", "recipe": None, "seeds": [0, 1], "methods": found["methods"]})
+    assert "not taught" not in page
+    main, _, rest = page.partition('<th scope="col">other columns</th>')
+    assert "raw a" not in main.partition("</figure>")[2]
+    table = rest.partition("</table>")[0]
+    heads = re.findall(r'<tr class="(control)?"><th scope="row">([^<]*)</th>', table)
+    assert [row for _, row in heads] == ["sft", "specialist a", "specialist b", *METHODS]
+    assert [row for control, row in heads if control] == ["sft", "specialist a", "specialist b"]
+    console = Console(file=io.StringIO(), width=80)
+    methods_show.show(found["methods"], console)
+    words = console.file.getvalue().partition("Other columns")[2]
+    assert re.search(r"^ *sft +\S+ *$", words, re.MULTILINE)
 
 
 def test_the_page_has_the_table_and_the_picture(store, found):
@@ -377,19 +524,25 @@ def test_a_mistake_is_one_line_and_exit_code_2(say, words, said):
 # --- the tables of a study's page ----------------------------------------------------------------------------------------
 
 
-def test_a_studys_page_is_filled_from_its_json(store, tmp_path):
+def test_a_studys_page_is_filled_from_its_json(store, found, tmp_path):
     tables = runpy.run_path(str(ROOT / "docs" / "results" / "tables.py"))
     page = tmp_path / "study.md"
     page.with_suffix(".json").write_text(json.dumps(tables["collect"](store, "last", "MOPD")))
-    page.write_text(
-        "".join(f"<!-- {n} -->\n\nold\n\n<!-- end -->\n" for n in ("methods", "ledgers", "trials", "accuracy", "paired"))
-    )
+    page.write_text("".join(f"<!-- {n} -->\n\nold\n\n<!-- end -->\n" for n in (*NAMES, "accuracy", "paired")))
     text = tables["filled"](page)
     assert "old" not in text
-    assert "| trace SFT | 0.14: 0.09, 0.19 | 0.44: 0.39, 0.49 | 0.11: 0.16, 0.06 |" in text
-    assert "| average | 0.00: 0.00, 0.00 | 0.30: 0.30, 0.30 | 0.00: 0.00, 0.00 |" in text
-    assert "| trace SFT | best-fit | 1 | long | short 50.0, long 60.0 |" in text
-    assert "| routed oracle | " in text
+    assert "| trace SFT | 0.14: 0.09, 0.19 | 0.44: 0.39, 0.49 | 0.11: 0.16, 0.06 | 0.55: 0.55, 0.55 |" in text
+    assert "| average | 0.00: 0.00, 0.00 | 0.30: 0.30, 0.30 | 0.00: 0.00, 0.00 | 0.30: 0.30, 0.30 |" in text
+    assert "| routed oracle | 0.00: 0.00, 0.00 | 0.30: 0.30, 0.30 | 0.00: 0.00, 0.00 | 0.30: 0.30, 0.30 |" in text
+    assert "| trace SFT | best-fit | 1 | long (last of its trials) | short 50.0, long 60.0 |" in text
+    gap = found["methods"]["rows"]["average"]["minus_reference"]
+    low, high = sorted(100 * s["difference"] for s in gap["seeds"])
+    assert f"| 2/2 below: {low:+.1f} to {high:+.1f} |".replace("-", "−") in text
+    base = found["methods"]["references"]["sft"]["domains"]["raw a"]["mean"]
+    assert f"|  | raw a, minus sft (95 %) |\n| --- | --- |\n| sft | {100 * base:.1f} |\n| specialist a | " in text
+    for name in ("methods", "others"):
+        lines = text.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0].strip().splitlines()
+        assert len({line.count("|") for line in lines}) == 1
     page.write_text("<!-- ledger -->\n\n<!-- end -->\n")
     with pytest.raises(Exception, match="wants a table 'ledger'; did you mean 'ledgers'"):
         tables["filled"](page)

@@ -313,7 +313,7 @@ def ledger_stages(run: Run, metas: dict[str, JSON]) -> dict[str, dict[str, float
         return {}
     found: dict[str, dict[str, float]] = {}
     for each in run.replicates:
-        mine = ledgers.parts(each, run.table.after, ledgers.facts_of(each, metas))
+        mine = ledgers.parts(each, (run.table.after,), ledgers.facts_of(each, metas))
         for name in ("consolidation", "with_teachers") if mine else ():
             for stage in getattr(mine, name):
                 shares = found.setdefault(name, {})

@@ -82,6 +82,7 @@ def template(name: str) -> Any:
         chance=methods_show.chance,
         compute=methods_show.compute,
     )
+    env.filters.update(sided=methods_show.sided, reach=methods_show.reach)
     env.tests["sure"] = methods_show.sure
     env.globals["css"] = Markup((folder / "report.css").read_text("utf-8"))
     return env.get_template(name)
@@ -122,9 +123,8 @@ def compared(found: JSON | None) -> JSON | None:
 
     if not found:
         return None
-    words = {k: getattr(methods_show, k)(found) for k in ("what", "baselines", "missing")}
-    lines = {"seeds": methods_show.seed_lines(found), "change": methods_show.domain_change}
-    return {"picture": Markup(scatter.draw(found)), **words, **lines}
+    words = {k: getattr(methods_show, k)(found) for k in ("what", "other_what", "styled", "baselines", "unlike", "missing")}
+    return {"picture": Markup(scatter.draw(found)), **words, "seeds": methods_show.seed_lines(found)}
 
 
 # --- words ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""Ledgers: which stages a row of the table is charged for, read from the graph of one replicate.
+"""Ledgers: which stages rows of the table are charged for, read from the graph of one replicate.
 
-``with_teachers``: everything the row's checkpoint needs that the checkpoint before does not. ``consolidation``: the same
+``with_teachers``: everything a row's checkpoint needs that the checkpoint before does not. ``consolidation``: the same
 without its teachers and what only they need. ``trials``: what was made to choose and not chosen, and what the
 choosing cost. Where a stage picks one of several candidates (edges ``candidates.LABEL``, the pick among its facts), only
 the picked one's branch is needed; a branch may be picked at one seed and lost at another. What bounds compute (budgets) or
@@ -11,7 +11,7 @@ Leaves out: what a `Fit` or `Online` spends on development tasks inside itself, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 from tutelage.ancestry import CANDIDATES, CHOICE
@@ -23,7 +23,7 @@ Facts = Callable[[str], JSON | None]
 
 @dataclass(frozen=True)
 class Parts:
-    """Stages that a row is charged for, by ledger."""
+    """Stages that rows are charged for, by ledger."""
 
     with_teachers: set[str]
     consolidation: set[str]
@@ -37,17 +37,19 @@ class Parts:
     """Stages that have not picked yet: what lies before them is not known to be needed."""
 
 
-def parts(each: Replicate, row: str, facts: Facts) -> Parts | None:
-    """What a row is charged for at one seed; None where it measures no checkpoint that the run makes."""
-    source, start = each.source(row), each.source(each.table.before)
-    if source is None or source.ref in each.evaluations:
+def parts(each: Replicate, rows: Collection[str], facts: Facts) -> Parts | None:
+    """What rows are charged for together at one seed; None where one measures no checkpoint that the run makes."""
+    sources, start = [each.source(row) for row in rows], each.source(each.table.before)
+    found = [s.ref for s in sources if s is not None and s.ref not in each.evaluations]
+    if not found or len(found) < len(sources):
         return None
     one = each.one_name
     old = {one.get(n, n) for n in each.above(start.ref)} if start else set()
-    teachers = {one.get(s.ref, s.ref) for s in map(each.source, each.table.teachers_of(row).values()) if s}
-    needed = reach(each, source.ref, facts) - old
-    tried = reach(each, source.ref, facts, losers=True) - old
-    alone = reach(each, source.ref, facts, until=teachers) - old
+    taught_by = {t for row in rows for t in each.table.teachers_of(row).values()}
+    teachers = {one.get(s.ref, s.ref) for s in map(each.source, taught_by) if s}
+    needed = reach(each, found, facts) - old
+    tried = reach(each, found, facts, losers=True) - old
+    alone = reach(each, found, facts, until=teachers) - old
     picks = {n: picked(each, n, facts) for n in needed if candidates(each, n)}
     return Parts(
         with_teachers=needed,
@@ -75,9 +77,9 @@ def picked(each: Replicate, stage: str, facts: Facts) -> str:
     return found if found in candidates(each, stage) else ""
 
 
-def reach(each: Replicate, stage: str, facts: Facts, losers: bool = False, until: Iterable[str] = ()) -> set[str]:
-    """A stage and what it needs, without those of ``until`` and what is needed through them alone; equal stages by one name."""
-    barred, done, stack = set(until), set[str](), [stage]
+def reach(each: Replicate, stages: list[str], facts: Facts, losers: bool = False, until: Iterable[str] = ()) -> set[str]:
+    """Stages and what they need, without those of ``until`` and what is needed through them alone; equal ones by one name."""
+    barred, done, stack = set(until), set[str](), [*stages]
     while stack:
         at = stack.pop()
         at = each.one_name.get(at, at)

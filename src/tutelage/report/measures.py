@@ -49,9 +49,9 @@ class Measures:
     def mean(self, row: str, domain: str, seeds: list[int]) -> Figure:
         return stats.mean(self.figures[s, row, domain] for s in seeds)
 
-    def difference(self, row: str, than: str, domain: str) -> JSON | None:
-        """Paired ``row − than`` over the seeds that have both; None where none has."""
-        seeds = self.seeds_with((row, domain), (than, domain))
+    def difference(self, row: str, than: str, domain: str, seeds: list[int] | None = None) -> JSON | None:
+        """Paired ``row − than`` over ``seeds``, by default those that have both; None where there are none."""
+        seeds = self.seeds_with((row, domain), (than, domain)) if seeds is None else seeds
         if not seeds:
             return None
         parts = {s: self.figures[s, row, domain] - self.figures[s, than, domain] for s in seeds}
@@ -89,7 +89,8 @@ def score_entry(raws: dict[int, Measured]) -> JSON:
 
 
 def mean_gap(measured: Measures, row_of: dict[str, str], than: str) -> JSON | None:
-    """The mean over domains of ``row_of[domain] − than``; None unless every domain has both at some seed."""
+    """The mean over domains of ``row_of[domain] − than``, and each domain, over the seeds at which every domain has both;
+    None where no seed has."""
     seeds = measured.seeds_with(*((r, d) for d, r in row_of.items()), *((than, d) for d in row_of))
     if not seeds:
         return None
@@ -100,7 +101,7 @@ def mean_gap(measured: Measures, row_of: dict[str, str], than: str) -> JSON | No
         "difference": both.point,
         "interval": both.interval,
         "seeds": [{"seed": s, "difference": f.point, "interval": f.interval} for s, f in by_seed.items()],
-        "domains": {d: measured.difference(r, than, d) for d, r in row_of.items()},
+        "domains": {d: measured.difference(r, than, d, seeds) for d, r in row_of.items()},
     }
 
 

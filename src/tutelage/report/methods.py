@@ -3,15 +3,17 @@
 `collect` reads one run. Every method is measured by its mean score over the domains that are taught, and against one
 reference, paired by task: the interval is `stats.resample`'s, the test random signs by task with seeds summed (McNemar's
 exact test for right and wrong at one seed), on the mean over domains and on each domain. Holm's correction is over all
-methods for the means, and over all methods and domains for the domains. Neither covers the training seed; every seed is
-given.
+methods for the means, and over all methods and domains for the domains. Neither covers the training seed: p speaks of these
+checkpoints. Every seed's difference is given. A difference, its p and its domains are of the same seeds.
 
-Leaves out: methods of several runs, and drawing (methods_show.py, scatter.py).
+Leaves out: tests of the columns that no teacher teaches, methods of several runs, and drawing (methods_show.py, scatter.py).
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -20,7 +22,10 @@ from tutelage.report.measures import Measures, mean_gap, score_entry
 from tutelage.report.read import JSON, Replicate, Run
 from tutelage.report.stats import Figure
 
-LEDGERS = ("consolidation", "with_teachers", "trials")
+PARTS = ("consolidation", "with_teachers", "trials")
+LEDGERS = (*PARTS, "with_trials")
+"""The last: with the teachers and the trials."""
+NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def collect(
@@ -28,52 +33,73 @@ def collect(
 ) -> JSON | None:
     """Rows of a run's table as methods: by default those that the table names, against its ``after``; None without any.
 
-    ``taught``: the domains of the mean (those of the teachers; without teachers, the reference's); ``elsewhere``: the
-    table's other domains. ``before`` and ``oracle`` (each domain's teacher): rows to set the methods against. ``rows``: by
-    method ``stage``, ``domains`` (scores), ``mean``, ``recovery``, ``minus_reference``, ``ledgers`` (FLOPs of one
-    replicate by seed and on average; None where a stage is missing), ``picks`` and ``elsewhere`` (against ``before``).
+    ``taught``: the domains of the mean (those of the teachers; without teachers, the reference's); ``others``: the
+    table's other columns, such as the same tasks in another format. ``before`` and ``oracle`` (each domain's teacher, with
+    their ``ledgers``): rows to set the methods against. ``rows``: by method ``stage``, ``domains`` (scores), ``mean``,
+    ``recovery``, ``minus_reference``, ``ledgers`` (FLOPs of one replicate by seed, and on average over the seeds that are
+    scored; None where a stage is missing), ``picks`` and ``others`` (against ``before``). ``references``: ``domains`` and
+    ``others`` of the rows that are no methods, in the other columns.
     """
     table = run.table
     chosen, reference = rows or table.methods, reference or table.after
     if not chosen:
         return None
     taught = list(table.teachers) or list(table.rows.get(reference, ()))
-    elsewhere = [d for d in measured.domains if d not in taught]
+    others = [d for d in measured.domains if d not in taught]
     oracle = {d: table.teachers[d] for d in taught} if table.teachers else {}
-    found = {row: method(run, measured, metas, row, reference, taught, elsewhere) for row in chosen if row in table.rows}
+    found = {row: method(run, measured, metas, row, reference, taught, others) for row in chosen if row in table.rows}
     correct([m["minus_reference"] for m in found.values() if m["minus_reference"]])
+    beside = {row: beyond(measured, table.before, row, others) for row in table.rows if row not in {*table.methods, *chosen}}
     return {
         "reference": reference,
         "taught": taught,
-        "elsewhere": elsewhere,
+        "others": others,
         "before": {"row": table.before, **whole(measured, dict.fromkeys(taught, table.before))} if table.before else None,
-        "oracle": whole(measured, oracle) if oracle else None,
+        "oracle": routed(run, measured, metas, oracle) if oracle else None,
         "rows": found,
+        "references": {row: entry for row, entry in beside.items() if entry["domains"]},
     }
 
 
 def method(
-    run: Run, measured: Measures, metas: dict[str, JSON], row: str, reference: str, taught: list[str], elsewhere: list[str]
+    run: Run, measured: Measures, metas: dict[str, JSON], row: str, reference: str, taught: list[str], others: list[str]
 ) -> JSON:
     """One method."""
     table, source = run.table, run.first.source(row)
     teachers = table.teachers_of(row)
-    raws = {d: {s: measured.raw[s, row, d] for s in measured.seeds_with((row, d))} for d in (*taught, *elsewhere)}
+    mean, apart = whole(measured, dict.fromkeys(taught, row)), beyond(measured, table.before, row, others)
     recovered = measures.recovery(measured, table.before, teachers, row) if table.before and teachers else None
-    changes = {d: measured.change(row, table.before, d) for d in elsewhere} if table.before else {}
     return {
         "stage": source.label if source else None,
-        "domains": {d: score_entry(by_seed) for d, by_seed in raws.items() if by_seed},
-        "mean": whole(measured, dict.fromkeys(taught, row)),
+        "domains": {**domain_scores(measured, row, taught), **apart["domains"]},
+        "mean": mean,
         "recovery": {k: recovered[k] for k in ("mean", "interval", "seeds")} if recovered and recovered["seeds"] else None,
         "minus_reference": None if row == reference else against(measured, row, reference, taught),
-        "ledgers": charged(run, metas, row),
+        "ledgers": charged(run, metas, (row,), mean),
         "picks": [pick for each in run.replicates for pick in picks(each, metas, row)],
-        "elsewhere": {d: c for d, c in changes.items() if c},
+        "others": apart["others"],
     }
 
 
+def beyond(measured: Measures, before: str, row: str, others: list[str]) -> JSON:
+    """A row in the columns that no teacher teaches: ``domains`` (scores), ``others`` (against ``before``, untested)."""
+    changes = {d: measured.change(row, before, d) for d in others} if before not in ("", row) else {}
+    return {"domains": domain_scores(measured, row, others), "others": {d: c for d, c in changes.items() if c}}
+
+
+def routed(run: Run, measured: Measures, metas: dict[str, JSON], oracle: dict[str, str]) -> JSON:
+    """Each domain answered by its teacher: the mean, and what the teachers cost together; empty where not measured."""
+    mean = whole(measured, oracle)
+    return {**mean, "ledgers": charged(run, metas, oracle.values(), mean)} if mean else {}
+
+
 # --- scores --------------------------------------------------------------------------------------------------------------
+
+
+def domain_scores(measured: Measures, row: str, domains: list[str]) -> JSON:
+    """domain -> mean and every seed, where it is measured"""
+    raws = {d: {s: measured.raw[s, row, d] for s in measured.seeds_with((row, d))} for d in domains}
+    return {d: score_entry(by_seed) for d, by_seed in raws.items() if by_seed}
 
 
 def whole(measured: Measures, row_of: dict[str, str]) -> JSON:
@@ -126,30 +152,33 @@ def correct(differences: list[JSON]) -> None:
 # --- compute -------------------------------------------------------------------------------------------------------------
 
 
-def charged(run: Run, metas: dict[str, JSON], row: str) -> JSON | None:
-    """The three ledgers of a row by seed, and their means over the seeds that are made whole."""
-    seeds = [s for s in (charge(each, metas, row) for each in run.replicates) if s]
-    means = {}
+def charged(run: Run, metas: dict[str, JSON], rows: Iterable[str], mean: JSON) -> JSON | None:
+    """The ledgers of rows by seed, and their means over the seeds of ``mean``; None where one of those is not known."""
+    seeds = [s for s in (charge(each, metas, tuple(rows)) for each in run.replicates) if s]
+    scored = {s["seed"] for s in mean.get("seeds", ())}
+    means: JSON = {}
     for name in LEDGERS:
-        known = [s[name] for s in seeds if s[name] is not None]
-        means[name] = sum(known) / len(known) if known else None
+        known = [s[name] for s in seeds if s["seed"] in scored]
+        means[name] = sum(known) / len(known) if known and None not in known else None
     return {"seeds": seeds, "mean": means} if seeds else None
 
 
-def charge(each: Replicate, metas: dict[str, JSON], row: str) -> JSON | None:
-    """A row's ledgers at one seed, FLOPs; a ledger is None while a stage of it is missing, or not picked yet."""
+def charge(each: Replicate, metas: dict[str, JSON], rows: tuple[str, ...]) -> JSON | None:
+    """The ledgers of rows at one seed, FLOPs; a ledger is None while a stage of it is missing, or not picked yet."""
     facts = ledgers.facts_of(each, metas)
-    mine = ledgers.parts(each, row, facts)
+    mine = ledgers.parts(each, rows, facts)
     if mine is None:
         return None
-    missing = {name: {n for n in getattr(mine, name) if facts(n) is None or n in mine.undecided} for name in LEDGERS}
+    missing = {name: {n for n in getattr(mine, name) if facts(n) is None or n in mine.undecided} for name in PARTS}
     missing["trials"] |= mine.undecided
     spent: JSON = {}
-    for name in LEDGERS:
+    for name in PARTS:
         of = [flops(metas[each.keys[n]]) for n in sorted(getattr(mine, name)) if n not in missing[name]]
         spent[name] = None if missing[name] else sum(of)
     if spent["trials"] is not None:
         spent["trials"] += sum((facts(n) or {}).get("development_flops") or 0.0 for n in sorted(mine.pickers))
+    both = [spent["with_teachers"], spent["trials"]]
+    spent["with_trials"] = None if None in both else sum(both)
     return {"seed": each.seed, **spent, "missing": sorted(set().union(*missing.values()))}
 
 
@@ -161,12 +190,25 @@ def flops(meta: JSON) -> float:
 def picks(each: Replicate, metas: dict[str, JSON], row: str) -> list[JSON]:
     """What was picked on the way to a row at one seed, and how every candidate did on the development split."""
     facts = ledgers.facts_of(each, metas)
-    mine = ledgers.parts(each, row, facts)
+    mine = ledgers.parts(each, (row,), facts)
     found = []
     for stage, label in sorted(mine.picks.items()) if mine else ():
         told = facts(stage) or {}
         trials = {name: trial.get("dev") for name, trial in (told.get("trials") or {}).items()}
-        found.append(
-            {"seed": each.seed, "stage": stage, "candidate": label, "dev": told["selected"].get("dev"), "trials": trials}
-        )
+        entry = {"seed": each.seed, "stage": stage, "candidate": label, "dev": told["selected"].get("dev"), "trials": trials}
+        found.append({**entry, "end": at_end(label, list(trials))})
     return found
+
+
+def at_end(label: str, trials: list[str]) -> str:
+    """Words for a pick at an end of its trials, where more might lie beyond; empty for one between others, and without others.
+
+    Labels that are alike but for one number are a range, in the order of the numbers; others are as the recipe lists them.
+    """
+    if label not in trials or len(trials) < 2:
+        return ""
+    numbers = {t: [float(n) for n in NUMBER.findall(t)] for t in trials}
+    if len({NUMBER.sub("", t) for t in trials}) == 1 and all(len(n) == 1 for n in numbers.values()):
+        order = sorted(trials, key=lambda t: numbers[t])
+        return "end of the range" if label in (order[0], order[-1]) else ""
+    return "first of its trials" if label == trials[0] else "last of its trials" if label == trials[-1] else ""
