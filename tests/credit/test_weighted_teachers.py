@@ -21,7 +21,7 @@ WEIGHTS = {"math": {"math": 0.7, "code": 0.2, "art": 0.1}, "code": {"code": 1.0}
 def weighted(weights=WEIGHTS, teachers=TEACHERS, temperature=0.7):
     samples = [sample(domain, seed=i) for i, domain in enumerate(weights)]
     rule = WeightedTeachers(weights=weights)
-    rule.check(tuple(weights))
+    rule.check(tuple(weights), (), 1)
     asyncio.run(rule.assign(samples, CreditContext(temperature, teachers)))
     return samples
 
@@ -96,4 +96,4 @@ def test_signals_say_who_taught_and_with_what_weight():
 )
 def test_weights_that_do_not_fit_the_domains_are_refused(weights, says):
     with pytest.raises(SpecError, match=says):
-        WeightedTeachers(weights=weights).check(("math", "code"))
+        WeightedTeachers(weights=weights).check(("math", "code"), (), 1)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 from tutelage.losses.base import Metrics
 from tutelage.spec import Spec
-from tutelage.types import Sample, Signal
+from tutelage.types import Message, Sample, Signal
 
 
 class Scorer(Protocol):
@@ -42,6 +42,22 @@ class CreditContext:
     """domain -> its teacher"""
     reference: Scorer | None = None
     """the policy that KL is measured to"""
+    policy: Scorer | None = None
+    """the policy itself, as it is before the step's first update"""
+    template: Callable[[Sequence[Message]], list[int]] | None = None
+    """messages -> the tokens of a prompt, as they were written for the policy"""
+    seed: int = 0
+    """of what a rule draws by chance"""
+
+    def itself(self) -> Scorer:
+        if self.policy is None:
+            raise ValueError("a credit rule asks the policy itself, but nothing here is trained")
+        return self.policy
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        if self.template is None:
+            raise ValueError("a credit rule writes prompts, but there is no template here")
+        return self.template(messages)
 
 
 class Credit(Spec):
@@ -58,8 +74,12 @@ class Credit(Spec):
         """Names of the signals it writes."""
         return frozenset()
 
-    def check(self, domains: Sequence[str]) -> None:
-        """Raises `SpecError` where the fields do not fit the domains of the stage."""
+    def asks(self) -> frozenset[str]:
+        """Whom it asks of ``teachers`` and ``policy``, the policy itself."""
+        return frozenset({"teachers"} if any(name.startswith("teacher") for name in self.gives()) else ())
+
+    def check(self, domains: Sequence[str], columns: Sequence[str], group: int) -> None:
+        """Raises `SpecError` where the fields do not fit the stage: its domains, its tasks' columns, its samples a prompt."""
 
     async def assign(self, samples: Sequence[Sample], ctx: CreditContext) -> tuple[list[Sample], Metrics]:
         """Writes signals in place and returns the samples worth training on, with metrics."""

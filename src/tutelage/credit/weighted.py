@@ -30,7 +30,7 @@ class WeightedTeachers(Credit):
     def gives(self) -> frozenset[str]:
         return frozenset({"teacher_hidden", "teacher", "teacher_weight"})
 
-    def check(self, domains: Sequence[str]) -> None:
+    def check(self, domains: Sequence[str], columns: Sequence[str], group: int) -> None:
         for domain in domains:
             if domain not in self.weights:
                 raise SpecError(f"weights says nothing of domain {domain!r}; say who teaches it, such as {{{domain!r}: 1}}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -265,12 +266,36 @@ class ModelScorer:
             signal.provenance["model"] = self.name
 
 
+class PolicyScorer:
+    """The policy of a learner as a `tutelage.credit.base.Scorer`: asked between updates, it answers with the weights of the
+    moment, in the learner's own dtype and micro-batches."""
+
+    name = "policy"
+
+    def __init__(self, learner: Learner):
+        self._learner, self.params = learner, matmul_params(learner.model)
+        self.head: Head | None = None
+        """as it was when hidden states were last asked of it: later updates of the step do not move it"""
+        self.scored = 0
+
+    def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
+        if want == "hidden":
+            self.head = _as_it_is(Head.of(self._learner.model, self._learner.vocab))
+        self.scored += sum(len(s.tokens) for s in samples)
+        return self._learner.score(samples, temperature, want)
+
+    def topk(self, samples: Sequence[Sample], temperature: float, k: int) -> list[tuple[Signal, Signal]]:
+        self.scored += sum(len(s.tokens) for s in samples)
+        return self._learner.topk(samples, temperature, k)
+
+
 class GuestScorer:
     """A scorer whose model is in memory only while others do not need the place; ``call`` brings it there. Its output head
     stays once hidden states were asked of it, since losses rebuild log-probs through it."""
 
     def __init__(self, name: str, call: Callable[[], ModelScorer]):
         self.name, self._call = name, call
+        self.head: Head | None = None
         self.params = self.scored = 0
 
     def score(self, samples: Sequence[Sample], temperature: float, want: Literal["logp", "hidden"]) -> list[Signal]:
@@ -333,6 +358,12 @@ class Scorers:
             oldest = next(iter(self._bases))
             del self._bases[oldest], self._loaded[oldest]
             gc.collect()  # models hold cycles
+
+
+def _as_it_is(head: Head) -> Head:
+    """A copy that updates do not move; what is not trained is shared."""
+    copied = lambda t: t.detach().clone() if t is not None and t.requires_grad else t  # noqa: E731
+    return replace(head, weight=copied(head.weight), bias=copied(head.bias))
 
 
 def _join(name: str, a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:

@@ -40,7 +40,8 @@ from tutelage.types import Batch
 
 class SampledReverseKL(Loss):
     """Policy gradient towards the teacher. Reads signals ``teacher_logp``, ``behaviour_logp`` and, where α is not 0,
-    ``advantage``, each [M]; all log-probs must be under the sampling temperature. Where α moves, also
+    ``advantage``, each [M]; all log-probs must be under the sampling temperature, and ``teacher_logp`` is NaN where nobody
+    teaches: Â is α Â_ORM alone there. Where α moves, also
     ``batch.extras["progress"]``, the share of the stage's steps that is over: 0 at its first and 1 at its last."""
 
     per: ClassVar[Literal["tokens", "rows"]] = "rows"
@@ -70,9 +71,10 @@ class SampledReverseKL(Loss):
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         weight, kept = self._weight(out, batch)
         gap = batch.signals["teacher_logp"] - out.logp.detach()
-        reward = self.reward(gap, batch)
+        taught = ~gap.isnan()
+        reward = self.reward(gap, batch).where(taught, 0.0)
         advantage = reward if self.advantage_clip is None else reward.clamp(-self.advantage_clip, self.advantage_clip)
-        metrics = token_means(kl=-gap, clip_fraction=advantage != reward, discarded=~kept)
+        metrics = token_means(kl=-gap[taught], clip_fraction=advantage != reward, discarded=~kept)
         alpha = self.alpha_at(batch)
         if alpha:
             advantage = advantage + alpha * batch.signals["advantage"]

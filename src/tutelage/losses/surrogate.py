@@ -24,7 +24,8 @@ from tutelage.types import Batch
 
 
 class ClippedReverseKL(DAPO):
-    """Clipped surrogate towards the teacher. Reads ``teacher_logp``, ``prox_logp`` and ``behaviour_logp``, each [M]."""
+    """Clipped surrogate towards the teacher. Reads ``teacher_logp``, ``prox_logp`` and ``behaviour_logp``, each [M];
+    ``teacher_logp`` is NaN where nobody teaches."""
 
     clip_high: float = Field(0.2, ge=0)
     correction: Correction | None = IcePop(low=0.2)
@@ -42,6 +43,6 @@ class ClippedReverseKL(DAPO):
 
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         gap = batch.signals["teacher_logp"] - batch.signals["prox_logp"]
-        advantage = gap.clamp(-self.advantage_clip, self.advantage_clip)
+        advantage = gap.clamp(-self.advantage_clip, self.advantage_clip).nan_to_num(0.0)
         loss, metrics = super().__call__(out, replace(batch, signals={**batch.signals, "advantage": advantage}))
-        return loss, {**metrics, **token_means(teacher_kl=-gap)}
+        return loss, {**metrics, **token_means(teacher_kl=-gap[~gap.isnan()])}

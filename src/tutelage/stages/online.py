@@ -23,6 +23,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -129,6 +130,9 @@ class Online(Stage):
         if self.reference:
             need_same_ids("the reference", self.reference, types, model)
         self._check_signals()
+        columns = need_domain(types, self.tasks, self.domains[0]).columns
+        for rule in self.credit:
+            rule.check(self.domains, columns, self.group)
         if self.resample and self.group == 1:
             raise SpecError("resample looks for groups whose rewards differ, but group is 1; set group to 2 or more")
         if self.keep == "random" and not self.resample:
@@ -180,7 +184,6 @@ class Online(Stage):
         if self.sampling.top_p < 1 or self.sampling.top_k:
             have |= {"kept_logp", "kept"}
         for i, rule in enumerate(self.credit):
-            rule.check(self.domains)
             _need(rule.kind(), rule.needs() - have)
             have |= rule.gives()
             if rule.shapes and not any("reward" in r.needs() and "advantage" in r.gives() for r in self.credit[i + 1 :]):
@@ -195,7 +198,7 @@ class Online(Stage):
                 if self.reference
                 else "credit.kl.Reference asks a reference, but none is given; set reference to a stage's policy"
             )
-        wants_teachers = any(name.startswith("teacher") for rule in self.credit for name in rule.gives())
+        wants_teachers = any("teachers" in rule.asks() for rule in self.credit)
         if wants_teachers and not self.teachers:
             raise SpecError("a credit rule asks teachers, but none are given; set teachers to {domain: a stage's policy}")
         if self.teachers and not wants_teachers:
@@ -207,6 +210,7 @@ class Online(Stage):
         tokens = tokens_guess(self.steps * self.prompts * self.group, self.sampling)
         learns = (4.0 if self.adapter else 6.0) * self.epochs
         each = 2.0 + learns + (2.0 if AT_START in self.loss.needs() else 0.0)
+        each += 2.0 * sum("policy" in rule.asks() for rule in self.credit)
         own = need_model(types, self.model).params * (
             each * tokens + learns * replay_tokens(self.replay, self.steps * self.minibatches)
         )
@@ -230,7 +234,7 @@ class Loop:
 
     def __init__(self, stage: Online, ctx: Any):
         from tutelage.credit.base import CreditContext
-        from tutelage.learn.learner import Learner, Scorers
+        from tutelage.learn.learner import Learner, PolicyScorer, Scorers
         from tutelage.rollout.policy import Policy
         from tutelage.text.rows import read_tasks
 
@@ -243,7 +247,15 @@ class Loop:
         self.scorers = Scorers(vocab, stage.resident)  # one for each folder, however many domains it teaches
         by_domain: dict[str, Scorer] = {d: self._scorer(at) for d, at in stage.teachers.items() if d in stage.domains}
         reference = self._scorer(stage.reference) if stage.reference else None
-        self.credit_context = CreditContext(stage.sampling.scored_at, by_domain, reference)
+        self.itself = PolicyScorer(self.learner)
+        self.credit_context = CreditContext(
+            stage.sampling.scored_at,
+            by_domain,
+            reference,
+            self.itself,
+            partial(stage.template.prompt, self.policy.tokenizer),
+            stage.seed,
+        )
         self.turns = {d: [*map(self._scorer, ats), by_domain[d]] for d, ats in self._earlier().items() if d in by_domain}
         self.turn = stage.staged.begin() if stage.staged else {}
         self.pools: dict[str, list[Task]] = {d: [] for d in stage.domains}
@@ -468,7 +480,8 @@ class Loop:
         for rule in self.stage.credit:
             samples, metrics = asyncio.run(rule.assign(samples, self.credit_context))
             found.update({name: a / b if b else a for name, (a, b) in metrics.items()})
-        for scorer in self.scorers.made.values():
+        itself = [self.itself] if self.itself.scored else []
+        for scorer in (*self.scorers.made.values(), *itself):
             self.ctx.cost.spend("scored", scorer.scored, scorer.params)
             scorer.scored = 0
         return samples, found
@@ -513,7 +526,7 @@ class Loop:
         teachers = self.credit_context.teachers
         extras: dict[str, Any] = {"progress": self.progress}
         if "teacher_hidden" in self.stage.loss.needs():
-            extras["teacher_heads"] = tuple(s.head for s in distinct(teachers))
+            extras["teacher_heads"] = tuple(s.head for s in (*distinct(teachers), self.itself))
         return extras
 
 
