@@ -301,6 +301,12 @@ def test_trials_of_adapters_open_on_their_base(tmp_path):
     make(Merge(name="merged", model=stage.out()), store)
 
 
+def test_a_development_split_without_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr("tutelage.text.rows.read_tasks", lambda folder: [])
+    with pytest.raises(UserError, match=r"letters\.rows holds no task"):
+        make(best(candidates={"untrained": INIT.out()}), Store(tmp_path / "s"))
+
+
 def test_candidates_of_different_kinds():
     wide = NewModel(name="wide", alphabet=INIT.alphabet, width=64, layers=1, mlp=48)
     refused(best(candidates={"a": INIT.out(), "b": wide.out()}), "'a'", "'b'", "one model")

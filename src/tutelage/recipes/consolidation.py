@@ -11,7 +11,7 @@ Each method gets three trials of its one most important setting, chosen on the d
     average          of the specialists' weights: their proportions
     task arithmetic  λ
 
-Where the first seed's development split chose the end of a range, the range was moved, once, before the other seeds were run.
+Where the development splits of the first two seeds chose the end of a range, it was moved, as the results page tells.
 Trace SFT has two controls: the traces unverified, and verified traces of the SFT policy itself, which needs no specialist.
 
 The routed oracle answers each domain with its specialist. Columns named "raw" ask the same tasks in the base's own raw format,

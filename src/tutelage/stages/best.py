@@ -21,7 +21,7 @@ from pydantic import Field
 from tutelage.envs.base import Env
 from tutelage.graph import At, DataType, Kind, Stage, Type
 from tutelage.rollout.base import Sampling
-from tutelage.spec import SpecError
+from tutelage.spec import SpecError, UserError
 from tutelage.stages.evaluate import need_domain, need_model
 from tutelage.text.template import Chat, Template
 
@@ -88,6 +88,9 @@ class Best(Stage):
         for task in read_tasks(ctx.input(self.select_on)):
             if not self.domains or task.domain in self.domains:
                 found.setdefault(task.domain, []).append(task)
+        if not found:
+            where = f"{self.select_on.of.name}.{self.select_on.port}"
+            raise UserError(f"select_on {where} holds no task to choose by; give a development split that has some")
         return {d: tasks[: self.limit] for d, tasks in sorted(found.items())}
 
     def _trial(self, ctx: Any, at: At, tasks: dict[str, list[Any]]) -> dict[str, Any]:
