@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.miniature import put, shrunk
 from tests.test_consolidation import SETS, stages
 from tutelage.graph import from_record, key, plan, record
 from tutelage.recipes.quickstart import CLIMB, NAMES, quickstart
@@ -25,27 +25,14 @@ LEARNS = {**SETS["mopd"], "steps": 6}
 
 def miniature() -> dict[str, Any]:
     """The study's record with little of everything; branches stay what the stages of their own are."""
-    rec = record(codistillation())
     sets = {**{p: s for p, s in SETS.items() if p not in ("mopd", "rl-")}, "rl-": PLAYS, "mopd": {**LEARNS, "steps": 100}}
+    rec = shrunk(record(codistillation()), sets)
     for name, stage in rec["stages"].items():
-        for pattern, changes in sets.items():
-            if re.match(pattern, name):
-                put(stage, changes, name)
         if name.startswith("codistill"):
             put(stage["student"], LEARNS, name)
             for branch in stage["branches"].values():
                 put(branch, PLAYS, name)
     return rec
-
-
-def put(stage: dict[str, Any], changes: dict[str, Any], name: str) -> None:
-    for path, value in changes.items():
-        *way, last = path.split(".")
-        spot = stage
-        for step in way:
-            spot = spot[step]
-        assert last in spot, f"{name}.{path}"
-        spot[last] = value
 
 
 def test_both_ways_have_the_same_specialists_start_and_trials():

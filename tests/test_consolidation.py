@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.miniature import shrunk
 from tutelage.graph import Goals, Stage, from_record, key, order, plan, record
 from tutelage.recipes.consolidation import consolidation
 from tutelage.recipes.quickstart import NAMES, quickstart
@@ -39,17 +40,7 @@ SETS: dict[str, dict[str, Any]] = {
 
 def miniature() -> dict[str, Any]:
     """The recipe's record with little of everything; replies are paid by their characters, or nothing would be learnt."""
-    rec = record(consolidation())
-    for name, stage in rec["stages"].items():
-        for pattern, sets in SETS.items():
-            for path, value in sets.items() if re.match(pattern, name) else ():
-                *way, last = path.split(".")
-                spot = stage
-                for step in way:
-                    spot = spot[step]
-                assert last in spot, f"{name}.{path}"
-                spot[last] = value
-    return rec
+    return shrunk(record(consolidation()), SETS)
 
 
 def stages(goals: Goals) -> dict[str, Stage]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.miniature import shrunk
 from tutelage.graph import Goals, Stage, all_goals, key, order, plan, record
 from tutelage.recipes.quickstart import NAMES, quickstart
 from tutelage.recipes.studies.diagnose import FORMAT, LINEAGES, SAME, TAUGHT, WARM, diagnose
@@ -150,17 +151,7 @@ SETS_OF: dict[str, dict[str, Any]] = {
 
 def miniature(goals: Goals) -> dict[str, Any]:
     """A record with little of everything; replies are paid by their characters, or nothing would be learnt."""
-    rec = record(goals)
-    for name, stage in rec["stages"].items():
-        for pattern, sets in SETS_OF.items():
-            for path, value in sets.items() if re.match(pattern, name) else ():
-                *way, last = path.split(".")
-                spot = stage
-                for step in way:
-                    spot = spot[step]
-                assert last in spot, f"{name}.{path}"
-                spot[last] = value
-    return rec
+    return shrunk(record(goals), SETS_OF)
 
 
 @pytest.mark.long

@@ -6,6 +6,7 @@ at the size of a laptop: a character-level decoder of a third of a million param
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tutelage.credit.group import GroupRelative
@@ -28,6 +29,7 @@ from tutelage.stages.tasks import TaskSplits
 from tutelage.tasks.base import ALPHABET, LAYOUT
 from tutelage.tasks.gym import Base, Reverse, Sort, Sum
 from tutelage.text.template import Chat, Document, Template
+from tutelage.verify.base import Verifier
 from tutelage.verify.gym import ReasoningGym
 
 DOMAINS = (
@@ -166,6 +168,12 @@ def measured(
     ).out()
 
 
+def majority(tasks: TaskSplits, domains: Sequence[str], verifier: Verifier) -> dict[str, At]:
+    """The best constant answer of each domain."""
+    split: dict[str, Any] = {"train": tasks.out("rl"), "heldout": tasks.out("heldout"), "verifier": verifier}
+    return {name: Majority(name=f"majority / {name}", domain=name, **split).out() for name in domains}
+
+
 def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals:
     """One evaluation for each checkpoint and domain; the base is asked in its own format."""
     rows: dict[str, dict[str, At]] = {}
@@ -174,16 +182,7 @@ def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals
         template = Document(format=LAYOUT, stop=("\n",)) if label == "base" else None
         sources[label] = stage.out()
         rows[label] = {name: measured(label, stage, tasks, name, template) for name in NAMES}
-    rows["majority answer"] = {
-        name: Majority(
-            name=f"majority / {name}",
-            train=tasks.out("rl"),
-            heldout=tasks.out("heldout"),
-            domain=name,
-            verifier=SOLVED.verifier,
-        ).out()
-        for name in NAMES
-    }
+    rows["majority answer"] = majority(tasks, NAMES, SOLVED.verifier)
     table = Table(
         rows=rows,
         before="sft",

@@ -18,12 +18,12 @@ from tutelage.learn.optim import AdamW, Schedule
 from tutelage.losses.distill import FullReverseKL
 from tutelage.losses.policy import DAPO
 from tutelage.model.lora import LoRA
+from tutelage.recipes.quickstart import majority
 from tutelage.rollout.base import Sampling
 from tutelage.stages.budget import Budget
 from tutelage.stages.evaluate import Evaluate
 from tutelage.stages.fit import Fit, Selection
 from tutelage.stages.gguf import FromGGUF, packaged
-from tutelage.stages.majority import Majority
 from tutelage.stages.merge import Merge
 from tutelage.stages.online import Online
 from tutelage.stages.tasks import TaskSplits
@@ -133,16 +133,7 @@ def _measured(label: str, stage: Stage, tasks: TaskSplits, domain: str) -> At:
 def _goals(tasks: TaskSplits, checkpoints: dict[str, Stage], seed: int) -> Goals:
     """One evaluation for each checkpoint and domain, and the best constant answer."""
     rows = {label: {name: _measured(label, stage, tasks, name) for name in NAMES} for label, stage in checkpoints.items()}
-    rows["majority answer"] = {
-        name: Majority(
-            name=f"majority / {name}",
-            train=tasks.out("rl"),
-            heldout=tasks.out("heldout"),
-            domain=name,
-            verifier=SOLVED.verifier,
-        ).out()
-        for name in NAMES
-    }
+    rows["majority answer"] = majority(tasks, NAMES, SOLVED.verifier)
     table = Table(
         rows=rows,
         before="sft",
