@@ -4,6 +4,7 @@ trained tokens only."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,59 @@ def collate(samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[s
         counts=counts(samples),
         extras=dict(extras or {}),
     )
+
+
+@dataclass
+class Pack:
+    """What a forward has to see of a batch, each prompt once: prompts first, then what goes on after them."""
+
+    tokens: Any
+    """int [N']"""
+    pos: Any
+    """int [N']"""
+    lengths: Any
+    """int [R'] of the pieces"""
+    after: Any
+    """int [R']: the piece that comes before, or -1"""
+    index: Any
+    """int [M]: the token that each trained token is predicted from"""
+
+
+def pack(batch: Batch) -> Pack:
+    """Rows with equal tokens before their first trained one share them, and what stands behind all that predicts is left out.
+    Takes and gives tensors; no result of a causal model changes but by rounding."""
+    import torch
+
+    tokens, row, index, trow = (x.cpu().numpy() for x in (batch.tokens, batch.row, batch.index, batch.trow))
+    lengths = np.bincount(row)
+    starts = np.cumsum(lengths) - lengths
+    many = np.bincount(trow, minlength=len(lengths))
+    ends = np.cumsum(many)
+    head = np.ones(len(lengths), int)  # of a row without trained tokens one token stays
+    head[many > 0] = (index[(ends - many)[many > 0]] - starts[many > 0])
+    stop = head.copy()
+    stop[many > 0] = index[ends[many > 0] - 1] - starts[many > 0]
+    found: dict[bytes, int] = {}
+    prompt, firsts = np.empty(len(lengths), int), []
+    for r, (a, n) in enumerate(zip(starts, head, strict=True)):
+        prompt[r] = found.setdefault(tokens[a : a + n].tobytes(), len(found))
+        if prompt[r] == len(firsts):
+            firsts.append(r)
+    rest = np.flatnonzero(stop > head)
+    rows = np.concatenate([firsts, rest])
+    begin = np.concatenate([np.zeros(len(firsts), int), head[rest]])
+    size = np.concatenate([head[firsts], (stop - head)[rest]])
+    offset = np.cumsum(size) - size
+    source = np.repeat(starts[rows] + begin - offset, size) + np.arange(size.sum())
+    own = np.zeros(len(lengths), int)  # where a row's token 0 would lie, were its rest not apart
+    own[rest] = offset[len(firsts) :] - head[rest]
+    at = index - 1 - starts[trow]
+    shared = at < head[trow]
+    place = np.where(shared, offset[prompt[trow]], own[trow]) + at
+    after = np.concatenate([np.full(len(firsts), -1), prompt[rest]])
+    pos = np.arange(size.sum()) - np.repeat(offset - begin, size)
+    to = lambda x: torch.from_numpy(x).to(batch.tokens.device)  # noqa: E731
+    return Pack(to(tokens[source]), to(pos), to(size), to(after), to(place))
 
 
 def _signal(sample: Sample, name: str) -> np.ndarray:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tutelage.learn.batch import collate, counts, split
+from tutelage.learn.batch import collate, counts, pack, split
 from tutelage.learn.heap import map_big_buffers
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.learn.remote import FILE as REMOTE
@@ -128,11 +128,15 @@ class Learner:
         return PackedOutput(hidden, Head.of(self.model, self.vocab), batch.tokens[batch.index], temperature)
 
     def hidden(self, batch: Batch) -> torch.Tensor:
-        """The forward of whole rows: [M, D], the last hidden states that the trained tokens are predicted from."""
-        lengths = torch.bincount(batch.row)
+        """[M, D], the last hidden states that the trained tokens are predicted from. Rows with one prompt share its forward."""
+        if is_packed(self.model):
+            shared = pack(batch)
+            rows, index = (shared.tokens, shared.pos, shared.lengths, shared.after), shared.index
+        else:
+            rows, index = (batch.tokens, batch.pos, torch.bincount(batch.row)), batch.index - 1
         with self.autocast:
-            states = row_states(self.model, batch.tokens, batch.pos, lengths)
-        return states.index_select(0, batch.index - 1)
+            states = row_states(self.model, *rows)
+        return states.index_select(0, index)
 
     def parts(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Micro-batches: `split`, by what a forward of this model takes."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,6 +28,8 @@ from tutelage.model.headers import PACKED, stretches
 NAME = "tutelage_packed"
 PLAIN_UP_TO = 256
 """Longest row for which scores are held whole."""
+CLASS = 1 << 14
+"""Scores of padding (of one head) that cost about as much as computing a class of rows apart."""
 
 
 class Layout(Protocol):
@@ -66,62 +69,150 @@ def _attention(
 
 
 def softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, cap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, cap: float | None
 ) -> torch.Tensor:
-    """q [B, H, Q, Dh], k, v [B, Hk, L, Dh], mask bool broadcastable to [B, 1, Q, L] (True = may look) -> [B, H, Q, Dh].
+    """q [B, H, Q, Dh], k, v [B, Hk, L, Dh], bias broadcastable to [B, 1, Q, L] (`hidden_from`) -> [B, H, Q, Dh].
 
     Query heads that share a key head are folded into the query axis, so keys are never repeated.
     """
     B, H, Q, Dh = q.shape
     Hk = k.shape[1]
-    folded = q.reshape(B, Hk, H // Hk * Q, Dh)
-    scores = (folded @ k.transpose(-1, -2)).mul_(scale)
+    folded = (q * scale).reshape(B, Hk, H // Hk * Q, Dh)
+    scores = folded @ k.transpose(-1, -2)
     if cap is not None:
         scores = torch.tanh(scores / cap) * cap
-    scores = scores.view(B, Hk, H // Hk, Q, -1).masked_fill(~mask.unsqueeze(2), torch.finfo(q.dtype).min)
+    if bias is not None:
+        scores.view(B, Hk, H // Hk, Q, -1).add_(bias.unsqueeze(2))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-    return (weights.view(B, Hk, H // Hk * Q, -1) @ v).view(B, H, Q, Dh)
+    return (weights @ v).view(B, H, Q, Dh)
 
 
-class Rows:
-    """Sequences of the given lengths, packed one after another."""
+def hidden_from(age: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """How long before each query its keys stand, int -> what is added to the scores: 0 where it may look."""
+    seen = age >= 0 if window is None else (age >= 0) & (age < window)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+class Grid:
+    """Packed rows of the given lengths as a rectangle [R, L], padded on the right."""
 
     def __init__(self, lengths: torch.Tensor):
         """lengths: int [R], summing to N"""
         R, L = len(lengths), int(lengths.max())
         starts = torch.cumsum(lengths, 0) - lengths
-        column = torch.arange(L).to(lengths.device)
-        inside = column < lengths[:, None]  # [R, L]
+        self.column = torch.arange(L, device=lengths.device)
+        inside = self.column < lengths[:, None]  # [R, L]
         self.shape = (R, L)
-        self.pad = torch.where(inside, starts[:, None] + column, 0).flatten()  # padding borrows token 0: never looked at
+        self.pad = torch.where(inside, starts[:, None] + self.column, 0).flatten()  # padding borrows token 0: never looked at
         self.unpad = inside.flatten().nonzero()[:, 0]
         self.even = bool(inside.all())
-        self.column = column
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """[N, H, Dh] -> [R, H, L, Dh]"""
-        R, L = self.shape
         rows = x if self.even else x.index_select(0, self.pad)
-        return rows.reshape(R, L, *x.shape[1:]).transpose(1, 2)
+        return rows.reshape(*self.shape, *x.shape[1:]).transpose(1, 2)
+
+
+class Rows:
+    """Sequences of the given lengths, packed one after another. A row may go on where another ends: a prompt then lies in
+    the pack once, however many replies it has.
+
+    Attention is computed in classes of rows of like lengths, padded to the longest of their class.
+    """
+
+    def __init__(self, lengths: torch.Tensor, after: torch.Tensor | None = None):
+        """lengths: int [R] > 0, summing to N; after: int [R], the row whose tokens come before, itself after none, or -1"""
+        self.device = lengths.device
+        own = lengths.cpu().numpy()
+        stem = np.full(len(own), -1) if after is None else after.cpu().numpy()
+        starts, before = own.cumsum() - own, np.where(stem >= 0, own[stem], 0)
+        self.classes: list[_Class] = []
+        queries, keys, unpad, at = [], [], np.empty(own.sum(), np.int64), 0
+        for rows in _alike(own, before):
+            made = _Class(own[rows], before[rows], self.device)
+            i, j, gone = np.arange(made.shape[1]), np.arange(made.shape[2]), before[rows, None]
+            inside = i < own[rows, None]
+            q = np.where(inside, starts[rows, None] + i, 0)  # padding borrows token 0: nothing looks at it
+            k = np.where(j < gone, starts[stem[rows], None], starts[rows, None] - gone) + j
+            queries.append(q.ravel())
+            keys.append(np.where(j < gone + own[rows, None], k, 0).ravel())
+            unpad[q[inside]] = at + np.flatnonzero(inside)
+            at += q.size
+            self.classes.append(made)
+        self.sizes = [len(q) for q in queries], [len(k) for k in keys]
+        N = len(unpad)
+        self.queries, self.keys = (self._index(np.concatenate(x), N) for x in (queries, keys))
+        self.unpad = self._index(unpad, at)
+
+    def _index(self, index: np.ndarray, size: int) -> torch.Tensor | None:
+        """None where it would change nothing of so many."""
+        same = len(index) == size and np.array_equal(index, np.arange(size))
+        return None if same else torch.from_numpy(index).to(self.device)
 
     def attend(self, layer, q, k, v, scale, window, cap):
-        return self.mix(self.spread(q), self.spread(k), self.spread(v), scale, window, cap)
+        parts = [
+            x.split(sizes)
+            for x, sizes in (
+                (_take(q, self.queries), self.sizes[0]),
+                (_take(k, self.keys), self.sizes[1]),
+                (_take(v, self.keys), self.sizes[1]),
+            )
+        ]
+        mixed = [c.mix(*x, scale, window, cap) for c, *x in zip(self.classes, *parts, strict=True)]
+        return _take(mixed[0] if len(mixed) == 1 else torch.cat(mixed), self.unpad)
+
+
+def _take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return x if index is None else x.index_select(0, index)
+
+
+def _alike(own: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
+    """Classes of rows: from the longest on, until padding costs more scores than a class of its own is worth."""
+    whole = own + before
+    order = np.lexsort((-own, -whole))
+    found: list[list[int]] = []
+    waste = 0
+    for r in order.tolist():
+        if found:
+            first, L = found[-1], whole[found[-1][0]]
+            widest = max(widest, own[r])
+            waste += widest * L - own[r] * whole[r]
+        if not found or waste > CLASS:
+            found.append([])
+            waste, widest = 0, own[r]
+        found[-1].append(r)
+    return [np.array(rows) for rows in found]
+
+
+class _Class:
+    """B rows of up to Q queries, the first of them after ``before`` keys, and up to L keys."""
+
+    def __init__(self, own: np.ndarray, before: np.ndarray, device: Any):
+        self.shape = len(own), int(own.max()), int((own + before).max())
+        self.causal = not before.any()
+        gone = before[:1] if (before == before[0]).all() else before
+        self.gone = torch.from_numpy(gone).to(device)  # [1] or [B]
+        self.biases: dict[int | None, torch.Tensor] = {}
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """[1 or B, 1, Q, L]. Padding stands to the right, so causality alone hides it."""
+        if window not in self.biases:
+            _, Q, L = self.shape
+            i, j = (torch.arange(n, device=self.gone.device) for n in (Q, L))
+            self.biases[window] = hidden_from(self.gone[:, None, None, None] + i[:, None] - j, window, dtype)
+        return self.biases[window]
 
     def mix(self, q, k, v, scale, window, cap):
-        """Causal attention within rows. Padding stands to the right, so causality alone hides it."""
-        R, L = self.shape
-        age = self.column[:, None] - self.column[None, :]
-        mask = age >= 0 if window is None else (age >= 0) & (age < window)
+        """Causal attention within rows: q [B·Q, H, Dh], k and v [B·L, Hk, Dh] -> [B·Q, H, Dh]"""
+        B, Q, L = self.shape
+        q, k, v = (x.view(B, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         if L <= PLAIN_UP_TO or cap is not None:
-            out = softmax_attention(q, k, v, mask[None, None], scale, cap)
+            out = softmax_attention(q, k, v, self.bias(window, q.dtype), scale, cap)
         else:
-            plain = window is None or window >= L
-            gqa = q.shape[1] != k.shape[1]
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=None if plain else mask, is_causal=plain, scale=scale, enable_gqa=gqa
-            )
-        flat = out.transpose(1, 2).reshape(R * L, *out.shape[1:2], out.shape[3])
-        return flat if self.even else flat.index_select(0, self.unpad)
+            plain = self.causal and (window is None or window >= L)
+            gqa, mask = q.shape[1] != k.shape[1], None if plain else self.bias(window, q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=gqa)
+        return out.transpose(1, 2).reshape(B * Q, *out.shape[1:2], out.shape[3])
 
 
 @dataclass
@@ -164,34 +255,39 @@ class Prefill(Rows):
 
     def __init__(self, lengths: torch.Tensor, cache: Cache, slots: torch.Tensor, source: torch.Tensor):
         super().__init__(lengths)
+        self.grid = Grid(lengths)
         self.cache, self.slots, self.source = cache, slots, source
 
     def attend(self, layer, q, k, v, scale, window, cap):
-        q, k, v = (self.spread(x) for x in (q, k, v))
-        L = self.shape[1]
-        self.cache.k[layer][self.slots, :, :L] = k[self.source]
-        self.cache.v[layer][self.slots, :, :L] = v[self.source]
-        return self.mix(q, k, v, scale, window, cap)
+        L = self.grid.shape[1]
+        self.cache.k[layer][self.slots, :, :L] = self.grid.spread(k)[self.source]
+        self.cache.v[layer][self.slots, :, :L] = self.grid.spread(v)[self.source]
+        return super().attend(layer, q, k, v, scale, window, cap)
 
 
 class Decode:
     """One token for each of the slots 0..S-1, at positions ``pos`` int [S]."""
 
     def __init__(self, cache: Cache, pos: torch.Tensor):
-        self.cache, self.pos = cache, pos
-        self.slots = torch.arange(len(pos), device=pos.device)
-        self.length = cache.length
-        self.age = pos[:, None] - torch.arange(self.length, device=pos.device)  # [S, L]
-        self.mask = (self.age >= 0)[:, None, None]
+        self.cache, self.size = cache, len(pos)
+        Hk, L = cache.k[0].shape[1:3]
+        rows = torch.arange(len(pos) * Hk, device=pos.device).view(-1, Hk) * L
+        self.places = (rows + pos[:, None]).flatten()  # of the new token, in the cache as [slots·Hk·L, Dh]
+        self.age = pos[:, None] - torch.arange(L, device=pos.device)  # [S, L]
+        self.biases: dict[int | None, torch.Tensor] = {}
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """[S, 1, 1, L]"""
+        if window not in self.biases:
+            self.biases[window] = hidden_from(self.age[:, None, None], window, dtype)
+        return self.biases[window]
 
     def attend(self, layer, q, k, v, scale, window, cap):
-        S = len(self.pos)
         keys, values = self.cache.k[layer], self.cache.v[layer]
-        keys[self.slots, :, self.pos] = k
-        values[self.slots, :, self.pos] = v
-        mask = self.mask if window is None else self.mask & (self.age < window)[:, None, None]
-        keys, values = keys[:S, :, : self.length], values[:S, :, : self.length]
-        return softmax_attention(q.unsqueeze(2), keys, values, mask, scale, cap)[:, :, 0]
+        for cached, new in ((keys, k), (values, v)):
+            cached.view(-1, cached.shape[-1]).index_copy_(0, self.places, new.reshape(-1, cached.shape[-1]))
+        bias = self.bias(window, q.dtype)
+        return softmax_attention(q.unsqueeze(2), keys[: self.size], values[: self.size], bias, scale, cap)[:, :, 0]
 
 
 def packs(config: Any) -> bool:

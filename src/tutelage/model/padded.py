@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tutelage.model.attention import NAME, Rows, packs, register
+from tutelage.model.attention import NAME, Grid, Rows, packs, register
 from tutelage.model.head import Head
 from tutelage.model.headers import PACKED, PADDED, stretches
 from tutelage.spec import UserError
@@ -50,18 +50,22 @@ def lines_up(model: Any) -> bool:
     return config.model_type in PACKED | PADDED and not _stretches(model)
 
 
-def row_states(model: Any, tokens: torch.Tensor, pos: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """The last hidden states [N, D] of whole rows that lie one after another; tokens and pos int [N], lengths int [R]."""
-    rows = Rows(lengths)
+def row_states(
+    model: Any, tokens: torch.Tensor, pos: torch.Tensor, lengths: torch.Tensor, after: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The last hidden states [N, D] of rows that lie one after another; tokens and pos int [N], lengths int [R]. Rows that go on
+    where others end, ``after`` int [R], are for models that pack (`Rows`)."""
     if is_packed(model):
+        rows = Rows(lengths, after)
         out = model.get_decoder()(input_ids=tokens[None], position_ids=pos[None], use_cache=False, layout=rows)
         return out.last_hidden_state[0]
-    if not rows.even and _stretches(model):
+    grid = Grid(lengths)
+    if not grid.even and _stretches(model):
         alone = zip(tokens.split(lengths.tolist()), pos.split(lengths.tolist()), lengths.split(1), strict=True)
         return torch.cat([row_states(model, *row) for row in alone])
-    column = rows.column.expand(rows.shape)
-    states = _body(model, tokens[rows.pad].view(rows.shape), column, use_cache=False).last_hidden_state
-    return states.flatten(0, 1).index_select(0, rows.unpad)
+    column = grid.column.expand(grid.shape)
+    states = _body(model, tokens[grid.pad].view(grid.shape), column, use_cache=False).last_hidden_state
+    return states.flatten(0, 1).index_select(0, grid.unpad)
 
 
 class Decoding:
