@@ -68,7 +68,7 @@ def test_prefill_and_decode_equal_a_whole_forward(name):
         pos = torch.cat([torch.arange(7), torch.arange(3)])
         out = decoder(input_ids=torch.cat(prompts)[None], position_ids=pos[None], use_cache=False, layout=layout)
         firsts = out.last_hidden_state[0].split([7, 3])
-        cache.grow(32)
+        cache.grow(32, 3)
         want = alone(model, whole)
         for i in range(2):
             torch.testing.assert_close(firsts[i], want[i][: len(prompts[i])], atol=1e-5, rtol=1e-5)
@@ -102,3 +102,35 @@ def test_matmul_params_count_the_head_once_and_no_embedding(tied):
     model = tiny.model(tie_word_embeddings=tied)
     d, f, layers = 32, 48, 2
     assert matmul_params(model) == layers * (4 * d * d + 3 * d * f) + tiny.VOCAB * d
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("plain_up_to", [256, 4])
+@pytest.mark.parametrize("waste", [1 << 14, 1])
+def test_rows_that_go_on_where_a_prompt_ends_equal_whole_rows(name, plain_up_to, waste, monkeypatch):
+    """Hidden states and gradients; ``waste`` 1 makes a class of every length."""
+    monkeypatch.setattr(attention, "PLAIN_UP_TO", plain_up_to)
+    monkeypatch.setattr(attention, "CLASS", waste)
+    model, pieces, after = tiny.model(name), ids_of([9, 4, 7, 1, 12, 3, 12]), [-1, -1, 0, 0, 1, 1, -1]
+    weight = torch.randn(48, model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+
+    def shared():
+        start = [0 if a < 0 else len(pieces[a]) for a in after]
+        pos = torch.cat([a + torch.arange(len(p)) for a, p in zip(start, pieces, strict=True)])
+        rows = Rows(torch.tensor([len(p) for p in pieces]), torch.tensor(after))
+        out = model.get_decoder()(input_ids=torch.cat(pieces)[None], position_ids=pos[None], use_cache=False, layout=rows)
+        return out.last_hidden_state[0]
+
+    def whole():
+        rows = [p if a < 0 else torch.cat([pieces[a], p]) for a, p in zip(after, pieces, strict=True)]
+        return torch.cat([h[-len(p) :] for h, p in zip(alone(model, rows), pieces, strict=True)])
+
+    found = []
+    for forward in (shared, whole):
+        model.zero_grad()
+        states = forward()
+        (states * weight).sum().backward()
+        found.append((states.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    for n, g in found[0][1].items():
+        assert (g - found[1][1][n]).norm() < 1e-4 * found[1][1][n].norm(), n

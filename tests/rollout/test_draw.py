@@ -26,6 +26,23 @@ def test_frequencies_follow_the_distribution():
     assert (tokens != 1).all()
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 256, 300, 1024])
+def test_a_token_is_the_inverse_of_the_whole_cumulative_distribution(vocab):
+    """Block and token in it give what one sum over all tokens gives, and never a token that was cut."""
+    logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, 1::3] = -torch.inf
+    logp = logits.log_softmax(-1)
+    u = torch.from_numpy(uniforms(np.arange(64, dtype=np.uint64), np.zeros(64)))
+    u[0], u[1] = 0.0, 1 - 2**-53
+    tokens, edges = draw(logp, u), logp.double().exp().cumsum(-1)
+    assert (logp.gather(1, tokens[:, None]) > -torch.inf).all()
+    place = edges.gather(1, tokens[:, None])[:, 0]
+    below = place - logp.double().exp().gather(1, tokens[:, None])[:, 0]
+    target = u * edges[:, -1]
+    assert (below <= target + 1e-6).all()
+    assert (target <= place + 1e-6).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31), st.floats(0.05, 1.0), st.integers(0, 12))
 def test_truncation_equals_the_librarys_warpers(seed, top_p, top_k):

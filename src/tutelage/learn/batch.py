@@ -95,7 +95,7 @@ def pack(batch: Batch) -> Pack:
     many = np.bincount(trow, minlength=len(lengths))
     ends = np.cumsum(many)
     head = np.ones(len(lengths), int)  # of a row without trained tokens one token stays
-    head[many > 0] = (index[(ends - many)[many > 0]] - starts[many > 0])
+    head[many > 0] = index[(ends - many)[many > 0]] - starts[many > 0]
     stop = head.copy()
     stop[many > 0] = index[ends[many > 0] - 1] - starts[many > 0]
     found: dict[bytes, int] = {}

@@ -169,17 +169,14 @@ def _take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 def _alike(own: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
     """Classes of rows: from the longest on, until padding costs more scores than a class of its own is worth."""
     whole = own + before
-    order = np.lexsort((-own, -whole))
     found: list[list[int]] = []
-    waste = 0
-    for r in order.tolist():
-        if found:
-            first, L = found[-1], whole[found[-1][0]]
-            widest = max(widest, own[r])
-            waste += widest * L - own[r] * whole[r]
+    longest = widest = waste = 0
+    for r in np.lexsort((-own, -whole)).tolist():
+        widest = max(widest, own[r])
+        waste += widest * longest - own[r] * whole[r]
         if not found or waste > CLASS:
             found.append([])
-            waste, widest = 0, own[r]
+            longest, widest, waste = whole[r], own[r], 0
         found[-1].append(r)
     return [np.array(rows) for rows in found]
 
@@ -237,12 +234,18 @@ class Cache:
     def length(self) -> int:
         return self.k[0].shape[2]
 
-    def grow(self, length: int) -> None:
-        """Makes room for longer sequences."""
+    def grow(self, length: int, used: int) -> None:
+        """Makes room for longer sequences; the first ``used`` slots keep what they hold."""
         if length > self.length:
             more = -(-(length - self.length) // self.STEP) * self.STEP
-            self.k = [F.pad(x, (0, 0, 0, more)) for x in self.k]
-            self.v = [F.pad(x, (0, 0, 0, more)) for x in self.v]
+            self.k, self.v = ([self._longer(x, more, used) for x in side] for side in (self.k, self.v))
+
+    @staticmethod
+    def _longer(x: torch.Tensor, more: int, used: int) -> torch.Tensor:
+        S, Hk, L, Dh = x.shape
+        made = x.new_zeros(S, Hk, L + more, Dh)
+        made[:used, :, :L] = x[:used]
+        return made
 
     def move(self, to: list[int], source: list[int]) -> None:
         """Copies slots ``source`` over slots ``to``."""

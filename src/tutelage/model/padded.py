@@ -53,8 +53,8 @@ def lines_up(model: Any) -> bool:
 def row_states(
     model: Any, tokens: torch.Tensor, pos: torch.Tensor, lengths: torch.Tensor, after: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The last hidden states [N, D] of rows that lie one after another; tokens and pos int [N], lengths int [R]. Rows that go on
-    where others end, ``after`` int [R], are for models that pack (`Rows`)."""
+    """The last hidden states [N, D] of rows that lie one after another; tokens and pos int [N], lengths int [R]. Only
+    models that pack take rows that go on where others end, ``after`` int [R] (`Rows`)."""
     if is_packed(model):
         rows = Rows(lengths, after)
         out = model.get_decoder()(input_ids=tokens[None], position_ids=pos[None], use_cache=False, layout=rows)

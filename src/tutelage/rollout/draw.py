@@ -9,6 +9,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+BLOCK = 256
+"""Tokens whose probabilities are summed before any is looked at."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -38,6 +40,20 @@ def kept(logp: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.
 
 
 def draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Log-probs [S, V] (-inf where not kept) and uniforms [S] -> tokens int [S]."""
-    edges = logp.double().exp().cumsum(-1)
-    return torch.searchsorted(edges, u[:, None] * edges[:, -1:], right=True)[:, 0].clamp_(max=logp.shape[1] - 1)
+    """Log-probs [S, V] (-inf where not kept) and uniforms [S] -> tokens int [S].
+
+    First a block of `BLOCK` tokens by its probability, then the token in it, both in fp64: no [S, V] of fp64 is made.
+    """
+    p, V = logp.exp(), logp.shape[1]
+    size = min(BLOCK, V)
+    whole = V // size * size
+    parts = [p[:, :whole].unflatten(1, (-1, size)), p[:, None, whole:]]
+    sums = torch.cat([x.sum(-1, dtype=torch.float64) for x in parts if x.numel()], 1)  # [S, blocks], the last may be short
+    edges = sums.cumsum(-1)
+    target = u[:, None] * edges[:, -1:]
+    block = torch.searchsorted(edges, target, right=True).clamp_(max=sums.shape[1] - 1)
+    index = block * size + torch.arange(size, device=logp.device)
+    inside = p.gather(1, index.clamp(max=V - 1)).double().masked_fill_(index >= V, 0.0).cumsum(-1)
+    rest = (target - (edges - sums).gather(1, block)).clamp_(min=0.0)
+    rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))  # rounding never leaves the block
+    return (block * size + torch.searchsorted(inside, rest, right=True))[:, 0]

@@ -21,6 +21,7 @@ import torch
 
 from tutelage.model.attention import Cache, Decode, Prefill
 from tutelage.model.head import Head
+from tutelage.model.lean import LeanBody
 from tutelage.model.padded import Decoding, is_packed, lines_up
 from tutelage.rollout.base import Completion, Request
 from tutelage.rollout.draw import draw, kept, uniforms
@@ -51,6 +52,8 @@ class LocalEngine:
         self.source = model
         self.model = model if wanted == model.dtype else _copy(model, wanted)
         self.tokenizer, self.slots, self.version = tokenizer, slots, 0
+        self.vocab = len(tokenizer)  # padded rows can never be drawn
+        self.lean = LeanBody.of(self.model)
         self.sampled = self.prefilled = 0
         self._waiting: deque[_Slot] = deque()
         self._running: list[_Slot] = []
@@ -76,7 +79,7 @@ class LocalEngine:
             self.model.load_state_dict(weights)
         elif self.model is not self.source:
             self.model.load_state_dict(self.source.state_dict())
-        self.version = version
+        self.lean, self.version = LeanBody.of(self.model), version
 
     @torch.inference_mode()
     def pump(self) -> bool:
@@ -133,16 +136,19 @@ class LocalEngine:
         return self._forward(ids, pos, Decode(cache, pos))
 
     def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:
+        if self.lean:
+            return self.lean(ids, pos, layout)
         body = self.model.get_decoder()
         out = body(input_ids=ids[None], position_ids=pos[None], use_cache=False, layout=layout)
         return out.last_hidden_state[0]
 
     def _append(self, slots: list[_Slot], hidden: torch.Tensor) -> None:
         """Draws one token for each slot from hidden states [S, D]."""
-        logits = Head.of(self.model, len(self.tokenizer))(hidden)  # padded rows can never be drawn
+        logits = Head.of(self.model, self.vocab)(hidden)
         how = [s.request.sampling for s in slots]
-        scale = torch.tensor([h.scored_at for h in how], device=logits.device)
-        logp = torch.log_softmax(logits / scale[:, None], -1)
+        if any(h.scored_at != 1 for h in how):
+            logits = logits / torch.tensor([h.scored_at for h in how], device=logits.device)[:, None]
+        logp = torch.log_softmax(logits, -1)
         allowed = logp
         if any(h.top_k or h.top_p < 1 for h in how):
             top_p = torch.tensor([h.top_p for h in how], device=logits.device)
@@ -151,12 +157,15 @@ class LocalEngine:
             for slot, row in zip(slots, keep, strict=True):
                 if slot.request.sets:
                     slot.sets.append(row.nonzero()[:, 0].cpu().numpy().astype(np.int32))
-        seeds = np.array([s.request.seed for s in slots], dtype=np.uint64)
-        u = uniforms(seeds, np.array([len(s.tokens) for s in slots]))
-        token = draw(allowed, torch.from_numpy(u).to(logits.device))
-        if any(h.temperature == 0 for h in how):
-            greedy = torch.tensor([h.temperature == 0 for h in how], device=logits.device)
-            token = torch.where(greedy, logits.argmax(-1), token)
+        greedy = [h.temperature == 0 for h in how]
+        if all(greedy):
+            token = logits.argmax(-1)
+        else:
+            seeds = np.array([s.request.seed for s in slots], dtype=np.uint64)
+            u = uniforms(seeds, np.array([len(s.tokens) for s in slots]))
+            token = draw(allowed, torch.from_numpy(u).to(logits.device))
+            if any(greedy):
+                token = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(-1), token)
         full = logp.gather(1, token[:, None])[:, 0].tolist()
         part = full if allowed is logp else allowed.gather(1, token[:, None])[:, 0].tolist()
         for slot, t, a, b in zip(slots, token.tolist(), full, part, strict=True):
@@ -200,7 +209,7 @@ class LocalEngine:
         """The cache, at least so long. It grows as sequences do: short rows stay close together in memory."""
         if self._cache is None or not self._running:
             self._cache = Cache.empty(self.model.config, self.slots, length, self.model.dtype, self.model.device)
-        self._cache.grow(length)
+        self._cache.grow(length, len(self._running))
         return self._cache
 
 
