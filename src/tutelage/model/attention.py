@@ -3,12 +3,13 @@
 One forward, three layouts. The model sees one row of N packed tokens, whatever they belong to: linear layers, norms and
 the output head never touch a padding token. Only attention needs to know whose token is whose, and a *layout* tells it:
 
-- `Rows`     training and scoring: whole sequences side by side
+- `Rows`     training and scoring: sequences side by side, a prompt once for all replies that go on after it
 - `Prefill`  the same, and the keys and values are written into cache slots, one prompt into the slots of its whole group
 - `Decode`   one new token for each of the first S slots of the cache
 
-Short rows use plain batched matmuls (on CPU their backward beats the fused kernel, more so in bf16); long rows use
-PyTorch's scaled-dot-product attention, whose memory does not grow with the square of the length.
+Rows of like lengths form a class, so that none is padded far. Short rows use plain batched matmuls (on CPU their backward
+beats the fused kernel, more so in bf16); long rows use PyTorch's scaled-dot-product attention, whose memory does not grow with
+the square of the length.
 
 Leaves out: layers that carry state along the sequence without attention (linear attention, convolutions): packing would
 let one row leak into the next, so all but the architectures declared in `PACKED` go the other way (padded.py).
@@ -214,43 +215,41 @@ class _Class:
 
 @dataclass
 class Cache:
-    """Keys and values of S slots of up to L tokens: per layer [S, Hk, L, Dh], L a multiple of `STEP`."""
+    """Keys and values of S slots of up to L tokens, of all layers: [layers, 2, S, Hk, L, Dh], L a multiple of `STEP`."""
 
     STEP: ClassVar[int] = 32
 
-    k: list[torch.Tensor]
-    v: list[torch.Tensor]
+    both: torch.Tensor
 
     @classmethod
     def empty(cls, config: Any, slots: int, length: int, dtype: torch.dtype, device: Any) -> Cache:
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, heads, -(-length // cls.STEP) * cls.STEP, width)
-        make = lambda: [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]  # noqa: E731
-        return cls(make(), make())
+        shape = (config.num_hidden_layers, 2, slots, heads, -(-length // cls.STEP) * cls.STEP, width)
+        return cls(torch.zeros(shape, dtype=dtype, device=device))
 
     @property
     def length(self) -> int:
-        return self.k[0].shape[2]
+        return self.both.shape[4]
+
+    def layer(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its keys and values, each [S, Hk, L, Dh]."""
+        keys, values = self.both[number].unbind()
+        return keys, values
 
     def grow(self, length: int, used: int) -> None:
         """Makes room for longer sequences; the first ``used`` slots keep what they hold."""
         if length > self.length:
-            more = -(-(length - self.length) // self.STEP) * self.STEP
-            self.k, self.v = ([self._longer(x, more, used) for x in side] for side in (self.k, self.v))
-
-    @staticmethod
-    def _longer(x: torch.Tensor, more: int, used: int) -> torch.Tensor:
-        S, Hk, L, Dh = x.shape
-        made = x.new_zeros(S, Hk, L + more, Dh)
-        made[:used, :, :L] = x[:used]
-        return made
+            old, shape = self.both, list(self.both.shape)
+            shape[4] = -(-length // self.STEP) * self.STEP
+            self.both = old.new_zeros(shape)
+            self.both[:, :, :used, :, : old.shape[4]] = old[:, :, :used]
 
     def move(self, to: list[int], source: list[int]) -> None:
         """Copies slots ``source`` over slots ``to``."""
-        for x in (*self.k, *self.v):
-            x[to] = x[source]
+        a, b = torch.tensor([to, source], device=self.both.device)
+        self.both.index_copy_(2, a, self.both.index_select(2, b))
 
 
 class Prefill(Rows):
@@ -263,8 +262,8 @@ class Prefill(Rows):
 
     def attend(self, layer, q, k, v, scale, window, cap):
         L = self.grid.shape[1]
-        self.cache.k[layer][self.slots, :, :L] = self.grid.spread(k)[self.source]
-        self.cache.v[layer][self.slots, :, :L] = self.grid.spread(v)[self.source]
+        for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
+            cached[self.slots, :, :L] = self.grid.spread(new)[self.source]
         return super().attend(layer, q, k, v, scale, window, cap)
 
 
@@ -273,7 +272,7 @@ class Decode:
 
     def __init__(self, cache: Cache, pos: torch.Tensor):
         self.cache, self.size = cache, len(pos)
-        Hk, L = cache.k[0].shape[1:3]
+        Hk, L = cache.both.shape[3:5]
         rows = torch.arange(len(pos) * Hk, device=pos.device).view(-1, Hk) * L
         self.places = (rows + pos[:, None]).flatten()  # of the new token, in the cache as [slots·Hk·L, Dh]
         self.age = pos[:, None] - torch.arange(L, device=pos.device)  # [S, L]
@@ -286,7 +285,7 @@ class Decode:
         return self.biases[window]
 
     def attend(self, layer, q, k, v, scale, window, cap):
-        keys, values = self.cache.k[layer], self.cache.v[layer]
+        keys, values = self.cache.layer(layer)
         for cached, new in ((keys, k), (values, v)):
             cached.view(-1, cached.shape[-1]).index_copy_(0, self.places, new.reshape(-1, cached.shape[-1]))
         bias = self.bias(window, q.dtype)
