@@ -60,7 +60,8 @@ def test_prefill_and_decode_equal_a_whole_forward(name):
     """Two prompts, the first shared by two slots, then token by token past the window of the windowed models."""
     model, whole = tiny.model(name), ids_of([18, 15])
     prompts, decoder = [whole[0][:7], whole[1][:3]], model.get_decoder()
-    cache = Cache.empty(model.config, 4, 8, torch.float32, "cpu")
+    cache = Cache(model.config, 4, torch.float32, "cpu")
+    cache.restart(8)
     owner = [0, 0, 1]
     with torch.no_grad():
         lengths = torch.tensor([7, 3])

@@ -17,7 +17,7 @@ let one row leak into the next, so all but the architectures declared in `PACKED
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -213,21 +213,28 @@ class _Class:
         return out.transpose(1, 2).reshape(B * Q, *out.shape[1:2], out.shape[3])
 
 
-@dataclass
 class Cache:
-    """Keys and values of S slots of up to L tokens, of all layers: [layers, 2, S, Hk, L, Dh], L a multiple of `STEP`."""
+    """Keys and values of S slots of up to L tokens, of all layers: [layers, 2, S, Hk, L, Dh], L a multiple of `STEP`.
+
+    Its memory is used again from one batch to the next: fresh pages cost more than zeros.
+    """
 
     STEP: ClassVar[int] = 32
 
-    both: torch.Tensor
-
-    @classmethod
-    def empty(cls, config: Any, slots: int, length: int, dtype: torch.dtype, device: Any) -> Cache:
+    def __init__(self, config: Any, slots: int, dtype: torch.dtype, device: Any):
         config = config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, 2, slots, heads, -(-length // cls.STEP) * cls.STEP, width)
-        return cls(torch.zeros(shape, dtype=dtype, device=device))
+        self.memory = torch.empty(0, dtype=dtype, device=device)
+        self.both = self.memory.view(config.num_hidden_layers, 2, slots, heads, 0, width)
+
+    def restart(self, length: int) -> None:
+        """Nothing but zeros, for sequences of ``length``."""
+        shape = list(self.both.shape)
+        shape[4] = -(-length // self.STEP) * self.STEP
+        if math.prod(shape) > len(self.memory):
+            self.memory = self.memory.new_empty(math.prod(shape))
+        self.both = self.memory[: math.prod(shape)].zero_().view(shape)
 
     @property
     def length(self) -> int:
@@ -241,10 +248,9 @@ class Cache:
     def grow(self, length: int, used: int) -> None:
         """Makes room for longer sequences; the first ``used`` slots keep what they hold."""
         if length > self.length:
-            old, shape = self.both, list(self.both.shape)
-            shape[4] = -(-length // self.STEP) * self.STEP
-            self.both = old.new_zeros(shape)
-            self.both[:, :, :used, :, : old.shape[4]] = old[:, :, :used]
+            old = self.both[:, :, :used].clone()
+            self.restart(length)
+            self.both[:, :, :used, :, : old.shape[4]] = old
 
     def move(self, to: list[int], source: list[int]) -> None:
         """Copies slots ``source`` over slots ``to``."""

@@ -207,9 +207,12 @@ class LocalEngine:
 
     def _room(self, length: int) -> Cache:
         """The cache, at least so long. It grows as sequences do: short rows stay close together in memory."""
-        if self._cache is None or not self._running:
-            self._cache = Cache.empty(self.model.config, self.slots, length, self.model.dtype, self.model.device)
-        self._cache.grow(length, len(self._running))
+        if self._cache is None:
+            self._cache = Cache(self.model.config, self.slots, self.model.dtype, self.model.device)
+        if self._running:
+            self._cache.grow(length, len(self._running))
+        else:
+            self._cache.restart(length)
         return self._cache
 
 
