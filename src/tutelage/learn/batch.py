@@ -70,7 +70,7 @@ def collate(samples: Sequence[Sample], needs: Sequence[str] = (), extras: dict[s
 
 @dataclass
 class Pack:
-    """What a forward has to see of a batch, each prompt once: prompts first, then what goes on after them."""
+    """What a forward has to see of a batch: rows, or prompts that several rows share, then what goes on after them."""
 
     tokens: Any
     """int [N']"""
@@ -79,16 +79,18 @@ class Pack:
     lengths: Any
     """int [R'] of the pieces"""
     after: Any
-    """int [R']: the piece that comes before, or -1"""
+    """int [R']: the piece that comes before, or -1; None where none does"""
     index: Any
     """int [M]: the token that each trained token is predicted from"""
 
 
-def pack(batch: Batch) -> Pack:
-    """Rows with equal tokens before their first trained one share them, and what stands behind all that predicts is left out.
-    Takes and gives tensors; no result of a causal model changes but by rounding."""
+def pack(batch: Batch, share: bool = True) -> Pack:
+    """With ``share``, rows with equal tokens before their first trained one share them, and what stands behind all that
+    predicts is left out: no result of a causal model changes but by rounding. Takes and gives tensors."""
     import torch
 
+    if not share:
+        return Pack(batch.tokens, batch.pos, torch.bincount(batch.row), None, batch.index - 1)
     tokens, row, index, trow = (x.cpu().numpy() for x in (batch.tokens, batch.row, batch.index, batch.trow))
     lengths = np.bincount(row)
     starts = np.cumsum(lengths) - lengths
@@ -99,11 +101,10 @@ def pack(batch: Batch) -> Pack:
     stop = head.copy()
     stop[many > 0] = index[ends[many > 0] - 1] - starts[many > 0]
     found: dict[bytes, int] = {}
-    prompt, firsts = np.empty(len(lengths), int), []
-    for r, (a, n) in enumerate(zip(starts, head, strict=True)):
-        prompt[r] = found.setdefault(tokens[a : a + n].tobytes(), len(found))
-        if prompt[r] == len(firsts):
-            firsts.append(r)
+    heads = [tokens[a : a + n].tobytes() for a, n in zip(starts, head, strict=True)]
+    prompt = np.array([found.setdefault(h, len(found)) for h in heads])
+    firsts, alike = np.unique(prompt, return_index=True, return_counts=True)[1:]
+    head = np.where(alike[prompt] == 1, stop, head)  # a row with its prompt to itself stays whole
     rest = np.flatnonzero(stop > head)
     rows = np.concatenate([firsts, rest])
     begin = np.concatenate([np.zeros(len(firsts), int), head[rest]])

@@ -129,14 +129,10 @@ class Learner:
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """[M, D], the last hidden states that the trained tokens are predicted from. Rows with one prompt share its forward."""
-        if is_packed(self.model):
-            shared = pack(batch)
-            rows, index = (shared.tokens, shared.pos, shared.lengths, shared.after), shared.index
-        else:
-            rows, index = (batch.tokens, batch.pos, torch.bincount(batch.row)), batch.index - 1
+        rows = pack(batch, share=is_packed(self.model))
         with self.autocast:
-            states = row_states(self.model, *rows)
-        return states.index_select(0, index)
+            states = row_states(self.model, rows.tokens, rows.pos, rows.lengths, rows.after)
+        return states.index_select(0, rows.index)
 
     def parts(self, samples: Sequence[Sample]) -> list[list[Sample]]:
         """Micro-batches: `split`, by what a forward of this model takes."""

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 
 LEAN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
-LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LINEAR += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEAR = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 
 
 class LeanBody:
