@@ -31,6 +31,7 @@ class Best(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "chooses"
+    version: ClassVar[int] = 2
 
     candidates: dict[str, At] = Field(min_length=1)
     """label of the trial -> its policy"""

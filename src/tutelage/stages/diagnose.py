@@ -72,6 +72,7 @@ class Diagnose(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"diagnosis": "data"}
     verb: ClassVar[str] = "measures"
+    version: ClassVar[int] = 2
 
     model: At
     """The student."""

@@ -79,6 +79,7 @@ class Evaluate(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"scores": "scores"}
     verb: ClassVar[str] = "scores"
+    version: ClassVar[int] = 2
 
     model: At
     tasks: At

@@ -40,6 +40,7 @@ class PassRate(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"tasks": "data"}
     verb: ClassVar[str] = "measures"
+    version: ClassVar[int] = 2
 
     model: At
     tasks: At

@@ -36,6 +36,7 @@ class TeacherScores(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"data": "data"}
     verb: ClassVar[str] = "scores"
+    version: ClassVar[int] = 2
 
     teacher: At
     data: At

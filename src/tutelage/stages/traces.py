@@ -40,6 +40,7 @@ class Traces(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"traces": "data"}
     verb: ClassVar[str] = "samples"
+    version: ClassVar[int] = 2
 
     policies: dict[str, At] = Field(min_length=1)
     """domain -> who answers its tasks"""
