@@ -11,7 +11,8 @@ import asyncio
 from typing import Any
 
 from bench.harness import Record, Run, compared, prove, worst
-from bench.models import Peer, arguments, learner, lengths, model, padded, proof, samples, stock, tokenizer
+from bench.models import Peer, arguments, learner, lengths, model, padded, proof, samples, sizes, stock, tokenizer
+from bench.work import learning
 from tutelage.credit.base import CreditContext
 from tutelage.credit.teacher import Teacher, distinct
 from tutelage.learn.learner import Learner, ModelScorer
@@ -43,7 +44,7 @@ def peer(ours: Any, teachers: list[Any], shape: str, parts: list[list[Sample]], 
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    args = arguments(DistillationConfig, dtype, per_device_train_batch_size=8, beta=1.0, temperature=1.0)
+    args = arguments(DistillationConfig, dtype, ours, per_device_train_batch_size=8, beta=1.0, temperature=1.0)
     trainer = DistillationTrainer(
         stock(ours),
         teacher_model=stock(teachers[0]),
@@ -54,11 +55,11 @@ def peer(ours: Any, teachers: list[Any], shape: str, parts: list[list[Sample]], 
     return Peer(trainer, [padded(part) for part in parts], sum(int(s.mask.sum()) for part in parts for s in part))
 
 
-def pair(shape: str, n: int, domains: tuple[str, ...], dtype: str) -> tuple[Ours, Peer, list[Any]]:
+def pair(shape: str, n: int, domains: tuple[str, ...], dtype: str, device: str = "cpu") -> tuple[Ours, Peer, list[Any]]:
     """(ours, TRL's, its teachers), proven equal in fp32."""
     rows = samples(shape, lengths(n), domains=domains)
     parts = [[s for s in rows if s.domain == d] for d in domains]
-    ours, teachers = model(shape), [model(shape, seed=i + 1) for i in range(len(domains))]
+    ours, teachers = model(shape, device=device), [model(shape, i + 1, device) for i in range(len(domains))]
     named = {d: ModelScorer(d, t) for d, t in zip(domains, teachers, strict=True)}
     others = [stock(t) for t in teachers]
     exact = Ours(learner(ours), named, rows)
@@ -69,8 +70,10 @@ def pair(shape: str, n: int, domains: tuple[str, ...], dtype: str) -> tuple[Ours
 def bench(run: Run) -> list[Record]:
     found: dict[str, list[Record]] = {name: [] for name in NAMES}
     for name, domains in zip(NAMES, (("a",), ("a", "b", "c", "d")), strict=True):
-        for shape, n in (("mini", 8),) if run.quick else (("tiny", 64), ("135m", 8)):
-            mine, other, teachers = pair(shape, n, domains, run.dtype)
+        for shape, n in sizes(run, 64, 8, 8):
+            if shape == "1b" and len(domains) > 1:
+                continue  # ten whole models in fp32
+            mine, other, teachers = pair(shape, n, domains, run.dtype, run.device)
             sides = {"tutelage": mine.step, "TRL": lambda other=other, teachers=teachers: other.step(teachers)}
-            found[name].append(compared(run, f"{name}, {shape}", TARGET, sides))
+            found[name].append(compared(run, f"{name}, {shape}", TARGET, sides, learning(mine.student.model, mine.rows, 1)))
     return [worst(name, records) for name, records in found.items()]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.harness import Record, Run, compared, prove, worst
-from bench.models import Peer, arguments, learner, lengths, model, proof, samples, stock, tokenizer
+from bench.models import Peer, arguments, learner, lengths, model, proof, samples, sizes, stock, tokenizer
+from bench.work import learning
 from tutelage.learn.learner import ModelScorer
 from tutelage.losses.preference import DPO
 from tutelage.types import Sample
@@ -15,12 +16,12 @@ TARGET = 1.8
 LOSS = DPO(beta=0.1)
 
 
-def pairs(shape: str, n: int) -> list[Sample]:
+def pairs(shape: str, n: int, device: str = "cpu") -> list[Sample]:
     """Chosen and rejected side by side, with the log-probs of another model as their reference's."""
     rows = samples(shape, lengths(2 * n), group=2)
     for i, sample in enumerate(rows):
         sample.pair = str(i // 2)
-    signals = ModelScorer("reference", model(shape, seed=1)).score(rows, 1.0, "logp")
+    signals = ModelScorer("reference", model(shape, 1, device)).score(rows, 1.0, "logp")
     for sample, signal in zip(rows, signals, strict=True):
         sample.signals["ref_logp"] = signal
     return rows
@@ -31,7 +32,7 @@ def peer(ours: Any, shape: str, rows: list[Sample], dtype: str, parts: int) -> P
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-    args = arguments(DPOConfig, dtype, precompute_ref_log_probs=True, beta=LOSS.beta, max_length=None)
+    args = arguments(DPOConfig, dtype, ours, precompute_ref_log_probs=True, beta=LOSS.beta, max_length=None)
     text = Dataset.from_dict({"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]})
     trainer = DPOTrainer(stock(ours), args=args, train_dataset=text, processing_class=tokenizer(shape))
     listed = []
@@ -47,9 +48,9 @@ def peer(ours: Any, shape: str, rows: list[Sample], dtype: str, parts: int) -> P
     return Peer(trainer, [collate(listed[i : i + size]) for i in range(0, len(listed), size)])
 
 
-def pair(shape: str, n: int, dtype: str) -> tuple[Any, list[Sample], dict[str, Peer]]:
+def pair(shape: str, n: int, dtype: str, device: str = "cpu") -> tuple[Any, list[Sample], dict[str, Peer]]:
     """(our learner, rows, TRL's), proven equal in fp32."""
-    rows, ours = pairs(shape, n), model(shape)
+    rows, ours = pairs(shape, n, device), model(shape, device=device)
     ways = {"TRL padded": 1, "TRL padded, four parts by length": 4}
     exact = learner(ours)
     mine = proof(exact, lambda: exact.forward_backward(rows, LOSS)["loss"])
@@ -60,13 +61,14 @@ def pair(shape: str, n: int, dtype: str) -> tuple[Any, list[Sample], dict[str, P
 
 def bench(run: Run) -> list[Record]:
     found = []
-    for shape, n in (("mini", 4),) if run.quick else (("tiny", 32), ("135m", 4)):
-        mine, rows, others = pair(shape, n, run.dtype)
+    for shape, n in sizes(run, 32, 4, 4):
+        mine, rows, others = pair(shape, n, run.dtype, run.device)
 
         def step(mine: Any = mine, rows: list[Sample] = rows) -> None:
             mine.forward_backward(rows, LOSS)
             mine.step()
 
         sides = {"tutelage": step, **{name: other.step for name, other in others.items()}}
-        found.append(compared(run, f"dpo, {shape}", TARGET, sides, "reference log-probs precomputed on both sides"))
+        note = "reference log-probs precomputed on both sides"
+        found.append(compared(run, f"dpo, {shape}", TARGET, sides, learning(mine.model, rows), note))
     return [worst("dpo", found)]

@@ -6,14 +6,16 @@ decoding and rewards are left out, on both sides. The record's ratio is of whole
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from bench.harness import Record, Run, compared, prove, worst
-from bench.models import Peer, arguments, learner, lengths, model, padded, proof, samples, stock, tokenizer
+from bench.models import Peer, arguments, learner, lengths, model, padded, proof, samples, sizes, stock, tokenizer
 from bench.rollout import Load, draw, generate
+from bench.work import drawing, learning
 from tutelage.losses.policy import DAPO
 from tutelage.rollout.local import LocalEngine
 from tutelage.types import Sample, Signal
@@ -38,6 +40,7 @@ def peer(ours: Any, shape: str, rows: list[Sample], dtype: str, group: int = 8) 
     args = arguments(
         GRPOConfig,
         dtype,
+        ours,
         per_device_train_batch_size=len(rows),
         num_generations=group,
         loss_type="dapo",
@@ -59,9 +62,9 @@ def peer(ours: Any, shape: str, rows: list[Sample], dtype: str, group: int = 8) 
     return Peer(trainer, [inputs])
 
 
-def pair(shape: str, rows: list[Sample], dtype: str) -> tuple[Any, Peer]:
+def pair(shape: str, rows: list[Sample], dtype: str, device: str = "cpu") -> tuple[Any, Peer]:
     """(our learner, TRL's), proven equal in fp32 on samples that are the policy's own."""
-    ours = model(shape)
+    ours = model(shape, device=device)
     exact = learner(ours)
     for sample, signal in zip(rows, exact.score(rows, 1.0, "logp"), strict=True):
         sample.signals["behaviour_logp"] = signal
@@ -72,9 +75,9 @@ def pair(shape: str, rows: list[Sample], dtype: str) -> tuple[Any, Peer]:
 
 def bench(run: Run) -> list[Record]:
     found = []
-    for shape, n in (("mini", 8),) if run.quick else (("tiny", 128), ("135m", 8)):
+    for shape, n in sizes(run, 128, 8, 8):
         rows = groups(shape, n)
-        mine, other = pair(shape, rows, run.dtype)
+        mine, other = pair(shape, rows, run.dtype, run.device)
         work = Load(shape, [tuple(s.tokens[~s.mask].tolist()) for s in rows], [int(s.mask.sum()) for s in rows], min(n, 64))
         engine = LocalEngine(mine.model, tokenizer(shape), work.slots, run.dtype)
 
@@ -93,7 +96,9 @@ def bench(run: Run) -> list[Record]:
             other.trainer.model.train()
             other.step()
 
-        alone = compared(run, f"grpo update alone, {shape}", TARGET, {"tutelage": update, "TRL": other.step})
+        learnt = replace(learning(mine.model, rows), lengths=())
+        alone = compared(run, f"grpo update alone, {shape}", TARGET, {"tutelage": update, "TRL": other.step}, learnt)
+        whole = drawing(mine.model, work.prompts, work.replies) + learnt
         note = f"update alone {alone.ratio:.2f}"
-        found.append(compared(run, f"grpo-mixed, {shape}", TARGET, {"tutelage": step, "TRL": theirs}, note))
+        found.append(compared(run, f"grpo-mixed, {shape}", TARGET, {"tutelage": step, "TRL": theirs}, whole, note))
     return [worst("grpo-mixed", found)]

@@ -1,18 +1,14 @@
-"""How the benches measure: interleaved rounds, medians with min and max, CPU seconds beside wall, and the machine they ran
-on.
+"""How the benches measure: interleaved rounds, medians with min and max, CPU seconds, memory and the share of the peak beside
+wall.
 
 Two sides are timed in turns, so that a neighbour's load falls on both; a pair's ratio is that of the medians, and its
 range that of the ratios round by round. Before anything is timed the two sides have to be *equal*: loss within 1e-5 and
 gradients within 1e-4, relative, in fp32, or the bench ends with `Unequal`.
-
-Leaves out: devices other than the processor, which the library does not use yet.
 """
 
 from __future__ import annotations
 
 import gc
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.machine import most_memory, reset_memory, settle
+from bench.work import Work
+
 LOSS, GRADIENT = 1e-5, 1e-4
 """Relative bounds within which two sides are equal."""
-BUSY = 0.3
-"""Runnable processes a core beside ours from which on a machine counts as loaded."""
 
 
 class Unequal(Exception):
@@ -45,11 +42,74 @@ class Record:
 
 
 @dataclass
+class Timing:
+    """Seconds of every side, round by round."""
+
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+    memory: dict[str, float] = field(default_factory=dict)
+    """MiB that a side's first call took over what stood before it, where that can be told: activations, gradients, caches,
+    the optimizer's memory, and no weights"""
+
+    def best(self, ours: str, aside: Sequence[str] = ()) -> str:
+        """The fastest peer, by its median; those ``aside`` are none."""
+        return min((n for n in self.wall if n not in (ours, *aside)), key=lambda n: statistics.median(self.wall[n]))
+
+    def ratio(self, ours: str, peer: str) -> tuple[float, float, float]:
+        """(ratio of medians, least, largest) of a peer's wall time over ours."""
+        mine, theirs = self.wall[ours], self.wall[peer]
+        rounds = [t / m for m, t in zip(mine, theirs, strict=True)]
+        return statistics.median(theirs) / statistics.median(mine), min(rounds), max(rounds)
+
+    def rows(self, work: Work | None = None, peak: float = 0.0) -> list[dict[str, Any]]:
+        """One row a side: medians, min and max of wall, median of CPU seconds, tokens a second, share of the peak [GFLOP/s],
+        memory."""
+        found = []
+        for name, wall in self.wall.items():
+            middle = statistics.median(wall)
+            row = {
+                "side": name,
+                "wall s": middle,
+                "min": min(wall),
+                "max": max(wall),
+                "cpu s": statistics.median(self.cpu[name]),
+            }
+            if work:
+                row |= {"tokens/s": work.tokens / middle, "of peak": work.flops / middle / peak / 1e9}
+            found.append(row | ({"MiB": self.memory[name]} if name in self.memory else {}))
+        return found
+
+
+def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> Timing:
+    """Runs every side once untimed, watching its memory, then all of them in turns."""
+    timing = Timing({n: [] for n in sides}, {n: [] for n in sides})
+    for name, call in sides.items():
+        before = reset_memory(device)
+        call()
+        settle(device)
+        if before is not None:
+            timing.memory[name] = most_memory(device) - before
+    for _ in range(rounds):
+        for name, call in sides.items():
+            gc.collect()
+            settle(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            settle(device)
+            timing.wall[name].append(time.perf_counter() - wall)
+            timing.cpu[name].append(time.process_time() - cpu)
+    return timing
+
+
+@dataclass
 class Run:
     """What the suite was asked for; handed to every bench."""
 
     dtype: str = "float32"
     rounds: int = 5
+    device: str = "cpu"
+    peak: float = 1.0
+    """of the dtype, measured with as many threads as the benches have [GFLOP/s]"""
     quick: bool = False
     """small sizes, to see that everything runs; the numbers mean nothing"""
     folder: Path = Path("bench")
@@ -57,56 +117,31 @@ class Run:
     """what a record has to say of the dtype"""
     details: dict[str, Any] = field(default_factory=dict)
     """tables for the page: title -> rows of columns"""
+    interleave: Callable[[Mapping[str, Callable[[], Any]], int, str], Timing] = interleave
+    """how sides are run; profile.py looks at them in another way"""
 
 
-@dataclass
-class Timing:
-    """Seconds of every side, round by round."""
-
-    wall: dict[str, list[float]]
-    cpu: dict[str, list[float]]
-
-    def best(self, ours: str) -> str:
-        """The fastest peer, by its median."""
-        return min((n for n in self.wall if n != ours), key=lambda n: statistics.median(self.wall[n]))
-
-    def ratio(self, ours: str) -> tuple[float, float, float]:
-        """(ratio of medians, least, largest) of the best peer's wall time over ours."""
-        mine, theirs = self.wall[ours], self.wall[self.best(ours)]
-        rounds = [t / m for m, t in zip(mine, theirs, strict=True)]
-        return statistics.median(theirs) / statistics.median(mine), min(rounds), max(rounds)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a side: medians, min and max of wall, median of CPU seconds."""
-        found = []
-        for name, wall in self.wall.items():
-            row = {"side": name, "wall s": statistics.median(wall), "min": min(wall), "max": max(wall)}
-            found.append({**row, "cpu s": statistics.median(self.cpu[name])})
-        return found
-
-
-def interleave(sides: Mapping[str, Callable[[], Any]], rounds: int) -> Timing:
-    """Runs every side once unseen, then all of them in turns."""
-    timing = Timing({n: [] for n in sides}, {n: [] for n in sides})
-    for round in range(-1, rounds):
-        for name, call in sides.items():
-            gc.collect()
-            wall, cpu = time.perf_counter(), time.process_time()
-            call()
-            if round >= 0:
-                timing.wall[name].append(time.perf_counter() - wall)
-                timing.cpu[name].append(time.process_time() - cpu)
-    return timing
-
-
-def compared(run: Run, name: str, target: float, sides: Mapping[str, Callable[[], Any]], note: str = "") -> Record:
-    """Times the sides, of which the first is ours, and writes their table."""
+def compared(
+    run: Run,
+    name: str,
+    target: float | None,
+    sides: Mapping[str, Callable[[], Any]],
+    work: Work,
+    note: str = "",
+    aside: Sequence[str] = (),
+) -> Record:
+    """Times the sides, of which the first is ours, and writes their table. The ratio is to the fastest peer at our precision;
+    sides ``aside`` are of another one: where they are faster, the note has their ratio."""
     ours = next(iter(sides))
-    timing = interleave(sides, run.rounds)
-    run.details[name] = timing.rows()
-    ratio, low, high = timing.ratio(ours)
-    said = "; ".join(x for x in (f"against {timing.best(ours)}", note, run.why) if x)
-    return Record(name, ratio, low, high, target, "x", said)
+    timing = run.interleave(sides, run.rounds, run.device)
+    run.details[name] = timing.rows(work, run.peak)
+    if len(set(work.lengths)) > 1:
+        run.details[f"{name}: lengths of replies"] = [shares(work.lengths)]
+    best = timing.best(ours, aside)
+    ratio, low, high = timing.ratio(ours, best)
+    others = [f"{n} {r:.2f}" for n in aside if (r := timing.ratio(ours, n)[0]) < ratio]
+    said = [f"against {best}", note, run.why, f"faster at another precision: {', '.join(others)}" if others else ""]
+    return Record(name, ratio, low, high, target, "x", "; ".join(filter(None, said)))
 
 
 def worst(name: str, found: list[Record]) -> Record:
@@ -139,75 +174,13 @@ def prove(what: str, ours: tuple[float, Mapping[str, Any]], theirs: tuple[float,
     return loss, gradient
 
 
-# --- the machine -----------------------------------------------------------------------------------------------------------
-
-
-def peak(dtype: str, seconds: float = 0.5, size: int = 1024) -> float:
-    """The best matmul seen, in GFLOP/s; ``size`` shrinks where the dtype is too slow for it."""
-    import torch
-
-    kind = getattr(torch, dtype)
-    probe = torch.ones(128, 128, dtype=kind)
-    began = time.perf_counter()
-    probe @ probe
-    if time.perf_counter() - began > 0.01:
-        size = 128
-    a, b = (torch.randn(size, size).to(kind) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        a @ b
-        best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
-    return best
-
-
-def choose_dtype(asked: str, peaks: Mapping[str, float]) -> tuple[str, str]:
-    """(the dtype to run, what records say of it): bf16 only where this processor multiplies it faster than fp32."""
-    if asked == "bfloat16" and peaks["bfloat16"] < peaks["float32"]:
-        said = f"fp32 on both sides: bf16 matmuls reach {peaks['bfloat16']:.0f} GFLOP/s here, fp32 {peaks['float32']:.0f}"
-        return "float32", said
-    return asked, "bf16 on both sides" if asked == "bfloat16" else "fp32 on both sides"
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores, threads, load and versions."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-    has = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
-    cores = os.cpu_count() or 1
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "instructions": " ".join(has),
-        "cores": cores,
-        "threads": torch.get_num_threads(),
-        "load a core": round(os.getloadavg()[0] / cores, 2),
-        "python": platform.python_version(),
-        **{n: installed(n) for n in ("torch", "transformers", "trl", "peft", "llama-cpp-python")},
-    }
-
-
-def loaded(facts: Mapping[str, Any]) -> bool:
-    """Whether others were at work when the suite began, so that its numbers are to be taken again."""
-    return bool(facts["load a core"] > BUSY)
-
-
 def shares(values: Sequence[int]) -> dict[str, float]:
     """What a table says of lengths."""
     ordered = sorted(values)
     at = lambda q: float(ordered[min(len(ordered) - 1, int(q * len(ordered)))])  # noqa: E731
     return {
         "n": len(ordered),
+        "min": ordered[0],
         "mean": sum(ordered) / len(ordered),
         "p10": at(0.1),
         "p50": at(0.5),

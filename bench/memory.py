@@ -1,8 +1,9 @@
 """Peak memory of SFT at the 135M shape on 4 rows of 512 tokens, against TRL's SFTTrainer as it comes (it checkpoints
 activations).
 
-Each side runs in a process of its own, `python -m bench.memory SIDE SHAPE DTYPE`, which takes three steps and prints what
-the resident memory rose by over what stood after the imports, and the median time of its last two steps.
+Each side runs in a process of its own, `python -m bench.memory SIDE SHAPE DTYPE DEVICE`, which takes three steps and prints
+what the resident memory (on a GPU, the allocator's) rose by over what stood after the imports, and the median time of its last
+two steps.
 """
 
 from __future__ import annotations
@@ -16,29 +17,32 @@ from time import perf_counter
 from typing import Any
 
 from bench.harness import Record, Run
+from bench.machine import most_memory, settle
 
 NAMES = ("memory-135m",)
 TARGET, FASTER = 0.75, 1.5
 
 
-def resident() -> float:
-    """Largest resident memory so far, in MiB."""
+def most(device: str) -> float:
+    """Largest memory so far: resident, or given out by the GPU's allocator [MiB]."""
+    if device == "cuda":
+        return most_memory(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def child(side: str, shape: str, dtype: str) -> dict[str, float]:
+def child(side: str, shape: str, dtype: str, device: str) -> dict[str, float]:
     """One side's memory [MiB] and time [s]; to be called in a fresh process."""
     from bench.models import Peer, arguments, learner, model, samples, tokenizer
     from tutelage.losses.nll import NLL
 
     rows = samples(shape, [511] * 4, prompt=1)
     tokens = sum(int(s.mask.sum()) for s in rows)
-    first = learner(model("mini"))  # what libraries import at a first step is counted on neither side
+    first = learner(model("mini", device=device))  # what libraries import at a first step is counted on neither side
     first.forward_backward(samples("mini", [4]), NLL())
     first.step()
     if side == "tutelage":
-        base = resident()
-        mine = learner(model(shape), dtype)
+        base = most(device)
+        mine = learner(model(shape, device=device), dtype)
 
         def step() -> None:
             mine.forward_backward(rows, NLL())
@@ -48,12 +52,11 @@ def child(side: str, shape: str, dtype: str) -> dict[str, float]:
         from trl import SFTConfig, SFTTrainer
         from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-        base = resident()
+        base = most(device)
         labels = [[-100, *s.tokens[1:].tolist()] for s in rows]
         columns = {"input_ids": [s.tokens.tolist() for s in rows], "labels": labels}
-        args = arguments(SFTConfig, dtype, gradient_checkpointing=True, per_device_train_batch_size=4, max_length=None)
-        data = Dataset.from_dict(columns)
-        peer = model(shape)
+        peer, data = model(shape, device=device), Dataset.from_dict(columns)
+        args = arguments(SFTConfig, dtype, peer, gradient_checkpointing=True, per_device_train_batch_size=4, max_length=None)
         peer.set_attn_implementation("sdpa")  # in place: a copy would count
         trainer: Any = SFTTrainer(peer, args, train_dataset=data, processing_class=tokenizer(shape))
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -62,8 +65,9 @@ def child(side: str, shape: str, dtype: str) -> dict[str, float]:
     for _ in range(3):
         began = perf_counter()
         step()
+        settle(device)
         times.append(perf_counter() - began)
-    return {"MiB": resident() - base, "whole MiB": resident(), "s": statistics.median(times[1:])}
+    return {"MiB": most(device) - base, "whole MiB": most(device), "s": statistics.median(times[1:])}
 
 
 def bench(run: Run) -> list[Record]:
@@ -71,7 +75,7 @@ def bench(run: Run) -> list[Record]:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(min(run.rounds, 3)):
         for side in sides:
-            words = [sys.executable, "-W", "ignore", "-m", "bench.memory", side, shape, run.dtype]
+            words = [sys.executable, "-W", "ignore", "-m", "bench.memory", side, shape, run.dtype, run.device]
             out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
             found[side].append(json.loads(out.splitlines()[-1]))
     middle = {s: {k: statistics.median(x[k] for x in f) for k in f[0]} for s, f in found.items()}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.harness import Run
 from tutelage.learn.learner import Learner
 from tutelage.learn.optim import AdamW
 from tutelage.model.folder import make_model
@@ -36,23 +37,41 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
+    "1b": {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    },
 }
-"""``tiny`` is the quickstart's 337k parameters, ``135m`` SmolLM2-135M's shape, ``mini`` for tests."""
+"""``tiny`` is the quickstart's 337k parameters, ``135m`` SmolLM2-135M's shape, ``1b`` TinyLlama's (for GPUs), ``mini`` for
+tests."""
 
 
-def model(shape: str, seed: int = 0) -> Any:
+def sizes(run: Run, tiny: int, large: int, few: int) -> list[tuple[str, int]]:
+    """(shape, rows) to measure: ``tiny`` and ``large`` rows on a processor, ``few`` of the smallest shape to see that it runs;
+    more of them on a GPU, which has room for larger shapes."""
+    if run.quick:
+        return [("mini", few)]
+    return [("135m", 8 * large), ("1b", 2 * large)] if run.device == "cuda" else [("tiny", tiny), ("135m", large)]
+
+
+def model(shape: str, seed: int = 0, device: str = "cpu") -> Any:
     """With the library's packed attention."""
-    return make_model({**LLAMA, "tie_word_embeddings": True, "initializer_range": 0.05, **SHAPES[shape]}, seed).eval()
+    config = {**LLAMA, "tie_word_embeddings": True, "initializer_range": 0.05, **SHAPES[shape]}
+    return make_model(config, seed).eval().to(device)
 
 
 def stock(ours: Any) -> Any:
-    """The same weights under transformers' own fastest attention on a processor."""
+    """The same weights, on the same device, under transformers' own fastest attention."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(ours.config)
     made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
     made.load_state_dict(ours.state_dict())
-    return made.eval()
+    return made.eval().to(ours.device)
 
 
 @cache
@@ -97,10 +116,16 @@ def learner(ours: Any, dtype: str = "float32") -> Learner:
 # --- TRL -------------------------------------------------------------------------------------------------------------------
 
 
-def arguments(kind: Any, dtype: str, **more: Any) -> Any:
-    """A TRL config for one step by hand: the library's optimizer settings, no checkpointing, nothing reported."""
+def arguments(kind: Any, dtype: str, ours: Any, **more: Any) -> Any:
+    """A TRL config for one step by hand on our model's device: the library's optimizer settings, no checkpointing, nothing
+    reported."""
     fields: dict[str, Any] = {"output_dir": tempfile.mkdtemp(prefix="bench-"), "report_to": [], "save_strategy": "no"}
-    fields |= {"use_cpu": True, "bf16": dtype == "bfloat16", "gradient_checkpointing": False, "max_grad_norm": 1.0}
+    fields |= {
+        "use_cpu": ours.device.type == "cpu",
+        "bf16": dtype == "bfloat16",
+        "gradient_checkpointing": False,
+        "max_grad_norm": 1.0,
+    }
     fields |= {"optim": "adamw_torch_fused", "learning_rate": ADAMW.lr, "weight_decay": 0.0, "disable_tqdm": True}
     fields |= {"adam_beta1": ADAMW.betas[0], "adam_beta2": ADAMW.betas[1], "adam_epsilon": ADAMW.eps}
     return kind(**{**fields, **more})
@@ -110,8 +135,9 @@ class Peer:
     """One TRL trainer and the micro-batches of one global batch."""
 
     def __init__(self, trainer: Any, parts: Sequence[dict[str, Any]], count: int | None = None):
-        self.trainer, self.parts = trainer, parts
-        self.count = None if count is None else torch.tensor(count)
+        on = lambda x: x.to(trainer.accelerator.device) if isinstance(x, torch.Tensor) else x  # noqa: E731
+        self.trainer, self.parts = trainer, [{k: on(v) for k, v in part.items()} for part in parts]
+        self.count = None if count is None else on(torch.tensor(count))
         trainer.current_gradient_accumulation_steps = len(parts)
         trainer.model.train()
         trainer.create_optimizer()

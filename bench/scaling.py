@@ -117,6 +117,11 @@ def stages(run: Run) -> dict[str, Curve]:
     return {"plan and store against stages": curve}
 
 
+def picture(name: str) -> str:
+    """The file of a plot."""
+    return f"{name.replace(',', '').replace(' ', '-')}.svg"
+
+
 def draw_plots(curves: dict[str, Curve], folder: Path) -> None:
     """One picture a quantity."""
     import matplotlib
@@ -132,7 +137,7 @@ def draw_plots(curves: dict[str, Curve], folder: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel=name.rpartition("against ")[2] or name, ylabel=quantity)
         figure.suptitle(name)
         figure.tight_layout()
-        figure.savefig(folder / f"{name.replace(',', '').replace(' ', '-')}.svg", metadata={"Date": None})
+        figure.savefig(folder / picture(name), metadata={"Date": None})
         pyplot.close(figure)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from bench.harness import Record, Run, compared, prove, worst
-from bench.models import Peer, arguments, by_length, learner, lengths, model, proof, samples, stock, tokenizer
+from bench.models import Peer, arguments, by_length, learner, lengths, model, proof, samples, sizes, stock, tokenizer
+from bench.work import learning
 from tutelage.losses.nll import NLL
 from tutelage.types import Sample
 
@@ -29,7 +30,7 @@ def peers(ours: Any, shape: str, rows: list[Sample], dtype: str) -> dict[str, Pe
         return {"input_ids": [s.tokens.tolist() for s in parts], "labels": labels}
 
     def trainer() -> Any:
-        args = arguments(SFTConfig, dtype, per_device_train_batch_size=len(rows), max_length=None)
+        args = arguments(SFTConfig, dtype, ours, per_device_train_batch_size=len(rows), max_length=None)
         return SFTTrainer(stock(ours), args, train_dataset=Dataset.from_dict(columns(rows)), processing_class=tokenizer(shape))
 
     def listed(parts: list[Sample]) -> list[dict[str, Any]]:
@@ -46,9 +47,9 @@ def peers(ours: Any, shape: str, rows: list[Sample], dtype: str) -> dict[str, Pe
     return {f"TRL {name}": peer for name, peer in found.items()}
 
 
-def pair(shape: str, rows: list[Sample], dtype: str) -> tuple[Any, dict[str, Peer]]:
+def pair(shape: str, rows: list[Sample], dtype: str, device: str = "cpu") -> tuple[Any, dict[str, Peer]]:
     """(our learner, TRL's), proven equal in fp32."""
-    ours = model(shape)
+    ours = model(shape, device=device)
     exact = learner(ours)
     mine = proof(exact, lambda: exact.forward_backward(rows, NLL())["loss"])
     for name, peer in peers(ours, shape, rows, "float32").items():
@@ -58,14 +59,14 @@ def pair(shape: str, rows: list[Sample], dtype: str) -> tuple[Any, dict[str, Pee
 
 def bench(run: Run) -> list[Record]:
     found = []
-    for shape, n in (("mini", 8),) if run.quick else (("tiny", 64), ("135m", 8)):
+    for shape, n in sizes(run, 64, 8, 8):
         rows = samples(shape, lengths(n))
-        mine, others = pair(shape, rows, run.dtype)
+        mine, others = pair(shape, rows, run.dtype, run.device)
 
         def step(mine: Any = mine, rows: list[Sample] = rows) -> None:
             mine.forward_backward(rows, NLL())
             mine.step()
 
         sides = {"tutelage": step, **{name: peer.step for name, peer in others.items()}}
-        found.append(compared(run, f"sft-mixed, {shape}", TARGET, sides))
+        found.append(compared(run, f"sft-mixed, {shape}", TARGET, sides, learning(mine.model, rows)))
     return [worst("sft-mixed", found)]
