@@ -27,7 +27,7 @@ from tutelage.types import Sample, Task
 ADAMW = AdamW(lr=1e-4)
 LLAMA = {"model_type": "llama", "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0, "max_position_embeddings": 2048}
 SHAPES: dict[str, dict[str, Any]] = {
-    "mini": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "mini": {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "tiny": {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4},
     "135m": {
         "vocab_size": 49152,

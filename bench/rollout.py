@@ -105,6 +105,17 @@ def equal(ours: Any, peer: Any, work: Load, tie: float = 1e-4) -> None:
         raise Unequal(f"rollout, {work.shape}: log-probs differ from a full forward by {gap:.2g}; nothing was timed")
 
 
+def behind(model: Any, prompts: Sequence[Sequence[int]], replies: Sequence[Sequence[int]]) -> float:
+    """How far a reply's token lies below the likeliest at its place, at most, in logits of a full forward."""
+    found = 0.0
+    for prompt, reply in zip(prompts, replies, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt, *reply]], device=model.device)).logits[0, len(prompt) - 1 : -1].float()
+        drawn = logits.gather(1, torch.tensor(list(reply), device=model.device)[:, None])[:, 0]
+        found = max(found, float((logits.max(-1).values - drawn).max()))
+    return found
+
+
 def pair(run: Run, name: str, target: float, work: Load) -> Record:
     ours = model(work.shape, device=run.device)
     peer = stock(ours)

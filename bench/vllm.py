@@ -12,10 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.harness import Unequal
 from bench.models import tokenizer
+from bench.rollout import Load, behind
 from tutelage.model.folder import save_model
 
 TIE = 0.5
@@ -24,19 +23,8 @@ MEMORY = 0.3
 """Share of the GPU that vLLM takes for itself; our models stay beside it."""
 
 
-def behind(model: Any, prompts: list[tuple[int, ...]], replies: list[list[int]]) -> float:
-    """How far a reply's token lies below the likeliest at its place, at most, in logits of a full forward."""
-    found = 0.0
-    for prompt, reply in zip(prompts, replies, strict=True):
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *reply]], device=model.device)).logits[0, len(prompt) - 1 : -1].float()
-        drawn = logits.gather(1, torch.tensor(reply, device=model.device)[:, None])[:, 0]
-        found = max(found, float((logits.max(-1).values - drawn).max()))
-    return found
-
-
-def drawn_by(ours: Any, peer: Any, work: Any, dtype: str) -> Callable[[], list[list[int]]]:
-    """A call that draws the whole of a `bench.rollout.Load`. Raises `Unequal` for another model's tokens."""
+def drawn_by(ours: Any, peer: Any, work: Load, dtype: str) -> Callable[[], list[list[int]]]:
+    """A call that draws the whole of a load. Raises `Unequal` for another model's tokens."""
     from vllm import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as place:
