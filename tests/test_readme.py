@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from bench.__main__ import asked
 from tutelage.catalog import choose, recipes
 from tutelage.cli import app
 from tutelage.graph import Stage, plan
@@ -86,6 +87,8 @@ def test_commands_exist(words):
             parse(["run", "quickstart", *shlex.split(variables.get("ARGS", ""))])
     elif program == "tutelage":
         parse(rest)
+    elif rest[:2] == ["-m", "bench.profile"]:
+        asked(rest[2:])
     elif program == "python":
         assert rest[:2] == ["-m", "tests.versions"]
         flags = {w for w in rest if w.startswith("--")}
