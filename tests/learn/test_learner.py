@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests import tiny
 from tutelage.credit.base import CreditContext
 from tutelage.credit.teacher import Teacher, distinct
-from tutelage.learn import learner as learning
+from tutelage.learn import output as learning
 from tutelage.learn.batch import collate, split
 from tutelage.learn.learner import Learner, ModelScorer
 from tutelage.learn.optim import AdamW, Muon, Schedule

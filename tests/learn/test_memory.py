@@ -5,16 +5,16 @@ import sys
 
 import pytest
 
-from tutelage.learn.learner import CHUNK
+from tutelage.learn.output import CHUNK, KEEP
 
 V, D, M = 151_936, 16, 300
-STATED = 20 * 4 * max(CHUNK, V) + 3 * 4 * V * D
+STATED = 20 * 4 * max(CHUNK, V) + (4 * KEEP if M * V <= KEEP else 0) + 3 * 4 * V * D
 
 MEASURE = """
 import importlib, resource, sys
 import torch
 from tutelage.learn.heap import map_big_buffers
-from tutelage.learn.learner import PackedOutput
+from tutelage.learn.output import PackedOutput
 from tutelage.model.head import Head
 from tutelage.types import Batch
 

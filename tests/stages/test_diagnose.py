@@ -157,7 +157,7 @@ def test_a_chunk_of_rows_changes_nothing(monkeypatch):
     ours, theirs = (rng.normal(size=(11, h.width)).astype(np.float32) for h in heads)
     targets = rng.integers(0, 20, 11)
     whole = compare(ours, theirs, heads, targets, 0.7, 5)
-    monkeypatch.setattr("tutelage.learn.learner.CHUNK", 45)
+    monkeypatch.setattr("tutelage.learn.output.CHUNK", 45)
     assert compare(ours, theirs, heads, targets, 0.7, 5) == pytest.approx(whole, rel=1e-5, abs=1e-6)
     s, t = (torch.log_softmax(h(torch.tensor(x)) / 0.7, -1) for h, x in zip(heads, (ours, theirs), strict=True))
     kl = torch.nn.functional.kl_div(t, s, reduction="none", log_target=True).sum(-1)

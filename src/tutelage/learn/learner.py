@@ -13,21 +13,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from tutelage.learn.batch import collate, counts, pack, split
 from tutelage.learn.heap import map_big_buffers
 from tutelage.learn.optim import AdamW, Muon
+from tutelage.learn.output import PackedOutput
 from tutelage.learn.remote import FILE as REMOTE
 from tutelage.learn.remote import Remote, RemoteScorer
 from tutelage.losses.base import Loss
-from tutelage.losses.top_k import outcomes
 from tutelage.model.adapter import Base, activate, is_adapter, load_adapter, load_weights, weights
 from tutelage.model.folder import load_model, matmul_params
 from tutelage.model.head import Head
@@ -35,69 +34,8 @@ from tutelage.model.padded import is_packed, row_states
 from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
 
-CHUNK = 1 << 22
-"""Elements of logits held at once: [m, V] chunks of at most this size. Some twenty such buffers of 4 bytes may be alive in a
-backward pass, however many tokens there are (tests/learn/test_memory.py)."""
-
-
 HOPELESS = 10
 """Updates in a row without a finite gradient after which a stage gives up."""
-
-
-class PackedOutput:
-    """`tutelage.losses.base.Output` over the hidden states that predict the trained tokens."""
-
-    def __init__(self, hidden: torch.Tensor, head: Head, targets: torch.Tensor, temperature: float):
-        """hidden [M, D], targets int [M]"""
-        self.hidden, self.head, self.targets, self.temperature = hidden, head, targets, temperature
-
-    def _logprobs(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(self.head(hidden) / self.temperature, -1)
-
-    @cached_property
-    def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
-        def both(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            logprobs = self._logprobs(hidden)
-            with torch.no_grad():
-                entropy = -(logprobs.exp() * logprobs).sum(-1)
-            return torch.stack((logprobs.gather(1, targets[:, None])[:, 0], entropy), 1)
-
-        out = self._chunked(both, (self.hidden, self.targets))
-        return out[:, 0], out[:, 1].detach()
-
-    @property
-    def logp(self) -> torch.Tensor:
-        return self._both[0]
-
-    @property
-    def entropy(self) -> torch.Tensor:
-        return self._both[1]
-
-    def topk(self, k: int) -> torch.Tensor:
-        """[M, 2k + 1]: the k likeliest tokens (floats: exact below 2^24), their log-probs, the log of the mass outside."""
-
-        def likeliest(hidden: torch.Tensor) -> torch.Tensor:
-            logprobs = self._logprobs(hidden)
-            ids = logprobs.topk(k).indices
-            return torch.cat([ids.float(), outcomes(logprobs, ids)], 1)
-
-        return self._chunked(likeliest, (self.hidden,))
-
-    def reduce_vocab(self, fn: Callable[..., Any], index: torch.Tensor, *extras: torch.Tensor) -> torch.Tensor:
-        def reduced(hidden: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-            return fn(self._logprobs(hidden), *more)
-
-        return self._chunked(reduced, (self.hidden[index], *extras))
-
-    def _chunked(self, fn: Callable[..., torch.Tensor], parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """fn over rows in chunks; all but a single chunk are recomputed in the backward pass instead of kept."""
-        rows = max(1, CHUNK // self.head.vocab)
-        if len(parts[0]) <= rows:
-            return fn(*parts)
-        pieces = zip(*(p.split(rows) for p in parts), strict=True)
-        if not torch.is_grad_enabled():
-            return torch.cat([fn(*piece) for piece in pieces])
-        return torch.cat([checkpoint(fn, *piece, use_reentrant=False) for piece in pieces])
 
 
 class Learner:

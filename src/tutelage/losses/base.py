@@ -26,8 +26,8 @@ class Output(Protocol):
         ...
 
     def reduce_vocab(self, fn: Callable[..., Any], index: Any, *extras: Any) -> Any:
-        """``fn(student_logprobs [m, V], *extras [m, ...]) -> [m]`` over the trained tokens ``index`` (int [K]), in
-        chunks, recomputed in the backward pass, so that the whole [M, V] never exists. Returns [K] with gradient."""
+        """``fn(student_logprobs [m, V], *extras [m, ...]) -> [m]`` over the trained tokens ``index`` (int [K]), in chunks; each
+        value may read its own token alone. Returns [K] with gradient. Where fn gives [m, c], only the first column has one."""
         ...
 
 

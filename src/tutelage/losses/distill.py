@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from tutelage.losses.base import Loss, Metrics, Output
-from tutelage.losses.divergence import reverse_kl
+from tutelage.losses.divergence import reverse_kl, with_entropy
 from tutelage.losses.policy import drift, token_means, total
 from tutelage.types import Batch
 
@@ -116,27 +116,33 @@ class FullReverseKL(Loss):
 
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         hidden, teacher = batch.signals["teacher_hidden"], batch.signals["teacher"]
-        kl = self.at_tokens(out, batch, hidden, teacher)
-        return total(kl, batch, self.per), token_means(**{self.measure: kl}, entropy=out.entropy)
+        kl, own = self.at_tokens(out, batch, hidden, teacher)
+        return total(kl, batch, self.per), token_means(**{self.measure: kl}, entropy=own)
 
-    def at_tokens(self, out: Output, batch: Batch, hidden: Any, teacher: Any) -> Any:
-        """The divergence [M] with gradient, from hidden states [M, Dmax] of teachers int [M]; 0 where there is none, -1."""
-        kl = out.logp.new_zeros(len(teacher))
+    def at_tokens(self, out: Output, batch: Batch, hidden: Any, teacher: Any) -> tuple[Any, Any]:
+        """The divergence [M] with gradient, from hidden states [M, Dmax] of teachers int [M], 0 where there is none (-1); and
+        the student's entropy [M]."""
+        import torch
+
+        parts, places = [], []
         for i in teacher.unique().tolist():  # one head at a time
-            if i < 0:
-                continue
-            head = batch.extras["teacher_heads"][i]
             mine = (teacher == i).nonzero().squeeze(1)
-            fn = partial(self._rebuilt, head=head, temperature=batch.extras["temperature"])
-            kl = kl.index_put((mine,), out.reduce_vocab(fn, mine, hidden[mine, : head.width]))
-        return kl
+            if i < 0:
+                parts.append(out.reduce_vocab(untaught, mine))
+            else:
+                head = batch.extras["teacher_heads"][i]
+                fn = partial(self._rebuilt, head=head, temperature=batch.extras["temperature"])
+                parts.append(out.reduce_vocab(fn, mine, hidden[mine, : head.width]))
+            places.append(mine)
+        both = torch.cat(parts)[torch.cat(places).argsort()]
+        return both[:, 0], both[:, 1].detach()
 
     def divergence(self, student: Any, teacher: Any) -> Any:
         """[m] with gradient, from log-probs [m, V] each."""
         return reverse_kl(student, teacher)
 
     def _rebuilt(self, student: Any, hidden: Any, head: Callable[[Any], Any], temperature: float) -> Any:
-        """`divergence` from the student's log-probs [m, V] and the teacher's hidden states [m, D].
+        """[m, 2]: `divergence` and entropy, from the student's log-probs [m, V] and the teacher's hidden states [m, D].
 
         Raises `ValueError` where the vocabularies differ.
         """
@@ -150,4 +156,9 @@ class FullReverseKL(Loss):
                     "cut both to the tokenizer's true vocabulary before comparing (padded rows would take part in the softmax)"
                 )
             teacher = (logits / temperature).log_softmax(-1)
-        return self.divergence(student, teacher)
+        return with_entropy(self.divergence(student, teacher), student)
+
+
+def untaught(student: Any) -> Any:
+    """`with_entropy` of no divergence."""
+    return with_entropy(0.0 * student[:, 0], student)

@@ -46,6 +46,21 @@ def log_mixture(log_ratio: Any, share: float) -> Any:
     return near.where(log_ratio < APART, log_ratio + math.log(share))
 
 
+def entropy(logprobs: Any, p: Any | None = None) -> Any:
+    """−Σ p log p [m], in nats, without gradient, from log-probs [m, n] (and from p, where it is there already)."""
+    import torch
+
+    logprobs = logprobs.detach()
+    return -torch.linalg.vecdot(logprobs.exp() if p is None else p, logprobs)
+
+
+def with_entropy(value: Any, logprobs: Any) -> Any:
+    """[m, 2]: ``value`` [m] beside the entropy of log-probs [m, n], so that one pass over them gives both."""
+    import torch
+
+    return torch.stack((value, entropy(logprobs)), 1)
+
+
 def _with_gradient(value: Any, student: Any, gradient: Any) -> Any:
     """``value`` [m] without gradient, given the ``gradient`` [m, n] with respect to ``student``."""
     carrier = (student * gradient).sum(-1)

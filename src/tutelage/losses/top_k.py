@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from tutelage.losses.base import Loss, Metrics, Output
-from tutelage.losses.divergence import forward_kl, reverse_kl
+from tutelage.losses.divergence import forward_kl, reverse_kl, with_entropy
 from tutelage.losses.policy import token_means, total
 from tutelage.types import Batch
 
@@ -36,9 +36,12 @@ class TopKReverseKL(Loss):
 
         ids, teacher = batch.signals["teacher_topk"].long(), batch.signals["teacher_topk_logp"]
         everywhere = torch.arange(len(ids), device=ids.device)
-        kl = out.reduce_vocab(self.at_tokens, everywhere, ids, teacher)
-        metrics = token_means(**{self.measure: kl}, teacher_mass=-teacher[:, -1].expm1(), entropy=out.entropy)
+        kl, own = out.reduce_vocab(self._both, everywhere, ids, teacher).unbind(1)
+        metrics = token_means(**{self.measure: kl}, teacher_mass=-teacher[:, -1].expm1(), entropy=own.detach())
         return total(kl, batch, self.per), metrics
+
+    def _both(self, student: Any, ids: Any, teacher: Any) -> Any:
+        return with_entropy(self.at_tokens(student, ids, teacher), student)
 
     def at_tokens(self, student: Any, ids: Any, teacher: Any) -> Any:
         """[m] from the student's log-probs [m, V], at ``ids`` [m, k] and the teacher's log-probs [m, k + 1]."""

@@ -29,5 +29,6 @@ class WeightedReverseKL(FullReverseKL):
 
     def __call__(self, out: Output, batch: Batch) -> tuple[Any, Metrics]:
         hidden, teacher, weight = (batch.signals[name] for name in ("teacher_hidden", "teacher", "teacher_weight"))
-        kl = sum(weight[:, i] * self.at_tokens(out, batch, hidden[:, i], teacher[:, i]) for i in range(teacher.shape[1]))
-        return total(kl, batch, self.per), token_means(kl=kl, entropy=out.entropy)
+        found = [self.at_tokens(out, batch, hidden[:, i], teacher[:, i]) for i in range(teacher.shape[1])]
+        kl = sum(weight[:, i] * each for i, (each, _) in enumerate(found))
+        return total(kl, batch, self.per), token_means(kl=kl, entropy=found[0][1])

@@ -52,3 +52,9 @@ class Head:
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def back(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """The gradient by logits [m, V] -> by what the matmul gave, before scale and cap. Writes into its argument."""
+        if self.softcap is not None:
+            gradient = gradient.mul_(1 - (logits / self.softcap).square_())
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)

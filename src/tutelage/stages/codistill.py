@@ -42,7 +42,7 @@ class Codistill(Stage):
     """Trains ``branches`` and a ``student`` that they teach; see the module's docstring."""
 
     verb: ClassVar[str] = "trains specialists and their student"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     student: Online
     """Without teachers for the domains of the branches; others may have one that stays as it is."""

@@ -252,7 +252,7 @@ def compare(
     teacher [M, D'], their output heads and the tokens int [M]. Chunked over rows: [M, V] never exists."""
     import torch
 
-    from tutelage.learn.learner import CHUNK
+    from tutelage.learn.output import CHUNK
 
     rows = max(1, CHUNK // heads[0].vocab)
     chunks = zip(*(torch.from_numpy(each).split(rows) for each in (ours, theirs, targets)), strict=True)

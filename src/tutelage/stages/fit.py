@@ -55,7 +55,7 @@ class Fit(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "trains"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     model: At
     data: At

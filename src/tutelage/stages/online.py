@@ -62,7 +62,7 @@ class Online(Stage):
     brings: ClassVar[frozenset[str]] = SAMPLED
     """Signals that are there before the credit rules."""
     verb: ClassVar[str] = "trains on its own samples"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     model: At
     tasks: At
