@@ -1,4 +1,4 @@
-"""`PackedOutput` against plain autograd over whole logits: values and gradients, kept or made again, with every kind of head."""
+"""`PackedOutput` against plain autograd over whole logits: values and gradients, kept or made again, with each kind of head."""
 
 import pytest
 import torch
