@@ -73,7 +73,7 @@ def child(side: str, shape: str, dtype: str, device: str) -> dict[str, float]:
 def bench(run: Run) -> list[Record]:
     shape, sides = "mini" if run.quick else "135m", ("tutelage", "trl")
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(min(run.rounds, 3)):
+    for _ in range(min(run.rounds, 2)):
         for side in sides:
             words = [sys.executable, "-W", "ignore", "-m", "bench.memory", side, shape, run.dtype, run.device]
             out = subprocess.run(words, check=True, capture_output=True, text=True).stdout

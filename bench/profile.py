@@ -1,4 +1,5 @@
-"""Where our side of a bench spends its time: a table by op of CPU seconds (on a GPU, of the device's), on standard output.
+"""Where our side of a bench spends its time: a table by op of seconds on the processor (on a GPU, on the device), on standard
+output.
 
     python -m bench.profile FAMILY [python -m bench's options]
 
@@ -34,7 +35,7 @@ def looked_at(sides: Mapping[str, Callable[[], Any]], rounds: int, device: str) 
         seconds = perf_counter() - began
     ops = seen.key_averages()
     inside = sum(o.self_cpu_time_total for o in ops) / 1e6
-    print(f"\n{name}, {seconds:.3g} s under the profiler, {inside:.3g} s of CPU in ops ({sum(o.count for o in ops)} calls)")
+    print(f"\n{name}, {seconds:.3g} s under the profiler, {inside:.3g} s of it in ops ({sum(o.count for o in ops)} calls)")
     print(ops.table(sort_by=f"self_{device}_time_total", row_limit=ROWS, max_name_column_width=40))
     return Timing({n: [seconds] for n in sides}, {n: [seconds] for n in sides})
 
