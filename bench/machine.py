@@ -60,7 +60,7 @@ def peak(dtype: str, device: str = "cpu", seconds: float = 1.0) -> float:
     """The best square matmul seen, in GFLOP/s, with PyTorch's threads as they are; smaller where the dtype is too slow."""
     import torch
 
-    kind, size = getattr(torch, dtype), 8192 if device == "cuda" else 1024
+    kind, sizes = getattr(torch, dtype), (4096, 8192) if device == "cuda" else (512, 1024)
     probe = torch.ones(128, 128, dtype=kind, device=device)
     taken = []
     for _ in range(4):  # the first call starts libraries, and others may be at work in another
@@ -69,14 +69,16 @@ def peak(dtype: str, device: str = "cpu", seconds: float = 1.0) -> float:
         settle(device)
         taken.append(time.perf_counter() - began)
     if device == "cpu" and min(taken) > 0.005:
-        size = 128
-    a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        began = time.perf_counter()
-        a @ b
-        settle(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
+        sizes = (128,)
+    best = 0.0
+    for size in sizes:  # a small one fits between two interruptions, a large one needs its start less
+        a, b = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+        end = time.perf_counter() + seconds / len(sizes)
+        while time.perf_counter() < end:
+            began = time.perf_counter()
+            a @ b
+            settle(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - began) / 1e9)
     return best
 
 
