@@ -87,7 +87,8 @@ def measure(family: str, run: Run) -> list[Record]:
 
 def asked(words: list[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition("\n")[0])
+    lasts = "On two quiet cores a family should take up to eight minutes, all of them some forty."
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").partition("\n")[0], epilog=lasts)
     parser.add_argument("only", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; all where none is named")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=f"on cuda: {', '.join(ON_GPU)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="fp32 is run where it is faster")

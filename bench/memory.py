@@ -31,8 +31,9 @@ def most(device: str) -> float:
 
 
 def child(side: str, shape: str, dtype: str, device: str) -> dict[str, float]:
-    """One side's memory [MiB] and time [s]; to be called in a fresh process."""
+    """One side's memory [MiB], time [s], FLOPs and tokens of a step; to be called in a fresh process."""
     from bench.models import Peer, arguments, learner, model, samples, tokenizer
+    from bench.work import learning
     from tutelage.losses.nll import NLL
 
     rows = samples(shape, [511] * 4, prompt=1)
@@ -42,7 +43,7 @@ def child(side: str, shape: str, dtype: str, device: str) -> dict[str, float]:
     first.step()
     if side == "tutelage":
         base = most(device)
-        mine = learner(model(shape, device=device), dtype)
+        mine = learner(whole := model(shape, device=device), dtype)
 
         def step() -> None:
             mine.forward_backward(rows, NLL())
@@ -55,10 +56,10 @@ def child(side: str, shape: str, dtype: str, device: str) -> dict[str, float]:
         base = most(device)
         labels = [[-100, *s.tokens[1:].tolist()] for s in rows]
         columns = {"input_ids": [s.tokens.tolist() for s in rows], "labels": labels}
-        peer, data = model(shape, device=device), Dataset.from_dict(columns)
-        args = arguments(SFTConfig, dtype, peer, gradient_checkpointing=True, per_device_train_batch_size=4, max_length=None)
-        peer.set_attn_implementation("sdpa")  # in place: a copy would count
-        trainer: Any = SFTTrainer(peer, args, train_dataset=data, processing_class=tokenizer(shape))
+        whole, data = model(shape, device=device), Dataset.from_dict(columns)
+        args = arguments(SFTConfig, dtype, whole, gradient_checkpointing=True, per_device_train_batch_size=4, max_length=None)
+        whole.set_attn_implementation("sdpa")  # in place: a copy would count
+        trainer: Any = SFTTrainer(whole, args, train_dataset=data, processing_class=tokenizer(shape))
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         step = Peer(trainer, [DataCollatorForLanguageModeling(0)(data.to_list())], tokens).step
     times = []
@@ -67,7 +68,9 @@ def child(side: str, shape: str, dtype: str, device: str) -> dict[str, float]:
         step()
         settle(device)
         times.append(perf_counter() - began)
-    return {"MiB": most(device) - base, "whole MiB": most(device), "s": statistics.median(times[1:])}
+    work = learning(whole, rows)
+    memory = {"MiB": most(device) - base, "whole MiB": most(device), "s": statistics.median(times[1:])}
+    return memory | {"flops": work.flops, "tokens": work.tokens}
 
 
 def bench(run: Run) -> list[Record]:
@@ -79,7 +82,11 @@ def bench(run: Run) -> list[Record]:
             out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
             found[side].append(json.loads(out.splitlines()[-1]))
     middle = {s: {k: statistics.median(x[k] for x in f) for k in f[0]} for s, f in found.items()}
-    run.details["memory-135m"] = [{"side": s, **m} for s, m in middle.items()]
+    run.details["memory-135m"] = [
+        {"side": s, "wall s": m["s"], "tokens/s": m["tokens"] / m["s"], "of peak": m["flops"] / m["s"] / run.peak / 1e9}
+        | {k: m[k] for k in ("MiB", "whole MiB")}
+        for s, m in middle.items()
+    ]
     ratios = [a["MiB"] / b["MiB"] for a, b in zip(*found.values(), strict=True)]
     mine, theirs = middle.values()
     speed = theirs["s"] / mine["s"]
