@@ -53,9 +53,12 @@ class Context:
         tell: Callable[[dict[str, Any]], None] = lambda event: None,
         stopping: Callable[[], bool] = lambda: False,
         every: float = 60.0,
+        device: str = "cpu",
     ):
         self.stage, self.store, self.key = stage, store, key(stage)
         self.work = store.work(self.key)
+        self.device = device
+        """Where the stage's models are, as torch names it. What a stage writes, it writes from the CPU."""
         self.cost = Cost()
         self._tell, self._stopping, self._every = tell, stopping, every
         self._metrics = self.work / "metrics.jsonl"

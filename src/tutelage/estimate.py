@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
 from statistics import median
 
+from tutelage.device import CPU, Device
 from tutelage.graph import Node, Plan
 from tutelage.index import summaries
 from tutelage.store import Store
@@ -20,14 +21,16 @@ DEFAULT_RATE = 20e9
 
 
 class Estimator:
-    """Seconds by stage, from what the store has measured and from what a run observes."""
+    """Seconds by stage, from what the store has measured on this device and from what a run observes."""
 
-    def __init__(self, store: Store | None = None):
+    def __init__(self, store: Store | None = None, device: Device = CPU):
+        self.device = device
         self._rates: dict[tuple[str, str], list[float]] = {}
         self._times: dict[tuple[str, str], list[float]] = {}
         for made in summaries(store).values() if store else ():
-            if not made.damaged:
-                self.observe(made.kind, made.name, made.estimate or made.flops, made.threads, made.seconds)
+            flops = made.estimate or made.flops
+            if not made.damaged and (made.device == device.name or not flops):
+                self.observe(made.kind, made.name, flops, made.threads, made.seconds)
 
     def observe(self, kind: str, name: str, flops: float, threads: int, seconds: float) -> None:
         """Learns from a stage that has ended."""
@@ -76,8 +79,8 @@ def slots(node: Node, cores: int) -> int:
     return min(node.stage.threads, cores)
 
 
-def span(nodes: list[Node], seconds: Callable[[Node], float], cores: int) -> float:
-    """Seconds until all nodes are made on so many cores, scheduled as the runner does."""
+def span(nodes: list[Node], seconds: Callable[[Node], float], cores: int, device: Device = CPU) -> float:
+    """Seconds until all nodes are made on so many cores and a device, scheduled as the runner does."""
     first = priorities(nodes, seconds)
     left, by_key = waits(nodes), {n.key: n for n in nodes}
     below: dict[str, list[str]] = {k: [] for k in left}
@@ -88,14 +91,23 @@ def span(nodes: list[Node], seconds: Callable[[Node], float], cores: int) -> flo
     ready = [(rank[k], k) for k in left if not left[k]]
     heapify(ready)
     running: list[tuple[float, str]] = []
-    now, free = 0.0, cores
+    now, free, seats = 0.0, cores, device.stages
+    waiting: list[tuple[tuple[float, int], str]] = []  # for the device
     while ready or running:
-        while ready and slots(by_key[ready[0][1]], cores) <= free:
-            k = heappop(ready)[1]
-            free -= slots(by_key[k], cores)
-            heappush(running, (now + seconds(by_key[k]), k))
+        while ready:
+            node = by_key[ready[0][1]]
+            if device.takes(node) and seats < 1:
+                waiting.append(heappop(ready))
+                continue
+            if slots(node, cores) > free:
+                break
+            heappop(ready)
+            free, seats = free - slots(node, cores), seats - device.takes(node)
+            heappush(running, (now + seconds(node), node.key))
         now, done = heappop(running)
-        free += slots(by_key[done], cores)
+        free, seats = free + slots(by_key[done], cores), seats + device.takes(by_key[done])
+        while waiting and seats:
+            heappush(ready, waiting.pop())
         for k in below[done]:
             left[k].discard(done)
             if not left[k]:
@@ -109,7 +121,7 @@ def summary(plan: Plan, estimator: Estimator, cores: int) -> str:
     if not todo:
         return f"nothing to run: {count(stored, 'stage')} stored"
     flops = sum(n.flops for n in todo)
-    time = human_time(span(todo, estimator.seconds, cores))
+    time = human_time(span(todo, estimator.seconds, cores, estimator.device))
     costly = [n for n in todo if n.flops > 0]
     unknown = sum(not estimator.measured(n) for n in costly)
     known = "measured here" if not unknown else "no measurement here yet"

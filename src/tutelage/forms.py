@@ -134,6 +134,7 @@ class Artifact(_Made, total=False):
     marks: dict[str, Objects]
     code: str
     threads: Whole
+    device: str
     content: dict[str, str]
 
 

@@ -89,6 +89,8 @@ class Stage(Spec):
     outputs: ClassVar[dict[str, Kind]] = {}
     verb: ClassVar[str] = "makes"
     """How the report names this stage's part in the graph (trains, samples, scores, ...)."""
+    on_device: ClassVar[bool] = False
+    """Whether `run` computes on ``ctx.device`` where that is an accelerator; such stages take turns there."""
 
     def out(self, port: str | None = None, step: int | None = None) -> At:
         """An edge from this stage; the only port may be left out."""

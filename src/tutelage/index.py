@@ -60,6 +60,8 @@ class Summary(NamedTuple):
     """Keys, each once."""
     size: int
     """Bytes of all its files."""
+    device: str = "cpu"
+    """The name of the accelerator that the stage ran on, or ``cpu``."""
     damaged: str = ""
     """Why its ``artifact.json`` cannot be used; the rest is then empty."""
 
@@ -135,7 +137,7 @@ def _read(folder: Path, made: float) -> Row:
             if isinstance(error, (UserError, ValueError))
             else f"it is no artifact's ({type(error).__name__}: {error})"
         )
-        return [folder.name, "", "", 0, None, made, 0.0, 0.0, 0.0, 1, {}, [], size(folder), why]
+        return [folder.name, "", "", 0, None, made, 0.0, 0.0, 0.0, 1, {}, [], size(folder), "cpu", why]
 
 
 def _summary(meta: dict[str, Any], folder: Path) -> Summary:
@@ -156,6 +158,7 @@ def _summary(meta: dict[str, Any], folder: Path) -> Summary:
         {port: _text(facts["kind"]) for port, facts in meta.get("outputs", {}).items()},
         list(dict.fromkeys(_text(each["key"]) for each in meta.get("inputs", ()))),
         size(folder),
+        _text(meta.get("device", "cpu")),
     )
 
 

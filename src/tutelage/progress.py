@@ -161,7 +161,7 @@ class Progress:
             gone = time.monotonic() - lane.began if lane else 0.0
             return max(self.estimator.seconds(node) - gone, 0.0)
 
-        return span(list(self.left.values()), seconds, self.cores)
+        return span(list(self.left.values()), seconds, self.cores, self.estimator.device)
 
     def overall(self) -> str:
         done = self.total - len(self.left)

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from tutelage.device import CPU, Device
 from tutelage.estimate import Estimator, priorities, slots, waits
 from tutelage.graph import Node, Plan, all_goals, key, order, record
 from tutelage.locks import Holder
@@ -87,13 +88,14 @@ def run(
     arguments: dict[str, Any] | None = None,
     argv: list[str] | None = None,
     cores: int | None = None,
+    device: Device = CPU,
     every: float = 60.0,
     watcher: Watcher | None = None,
 ) -> Outcome:
     """Makes everything the plan says and saves the run. A failing stage is told in the outcome, not raised.
 
-    ``cores`` is shared by all stages that run at one time; checkpoints are at most ``every`` seconds apart. Raises
-    `UserError` where the store cannot be written, before any work.
+    ``cores`` and ``device`` are shared by all stages that run at one time; checkpoints are at most ``every`` seconds apart.
+    Raises `UserError` where the store cannot be written, before any work.
     """
     watcher = watcher or Silent()
     waiting = _tells(watcher)
@@ -106,7 +108,7 @@ def run(
         try:
             store.event("run started", run=name)
             _still_there(plan, store, waiting)
-            scheduler = Scheduler(plan, store, cores or core_count(), every, watcher, name)
+            scheduler = Scheduler(plan, store, cores or core_count(), every, watcher, name, device)
             scheduler.go()
             state = "stopped" if scheduler.signal else "failed" if scheduler.failed else "done"
             outcome = Outcome(name, state, scheduler.failed, scheduler.made, scheduler.signal, scheduler.users)
@@ -203,6 +205,8 @@ class Hand:
         assert self.process.stdout is not None
         self.inbox, self.outbox = self.process.stdin, self.process.stdout
         self.node: Node | None = None
+        self.there = False
+        """whether it has been on the device"""
         self._records: set[int] = set()
         self._rest = b""
         self.send({"do": "hello", **hello})
@@ -244,11 +248,13 @@ class Hand:
 class Scheduler:
     """Gives the plan's stages to workers until nothing can start and nothing runs."""
 
-    def __init__(self, plan: Plan, store: Store, cores: int, every: float, watcher: Watcher, run: str = ""):
-        self.plan, self.store, self.cores, self.watcher = plan, store, cores, watcher
-        self.hello = {"store": str(store.root), "every": every, "code": code_version(), "run": run}
+    def __init__(
+        self, plan: Plan, store: Store, cores: int, every: float, watcher: Watcher, run: str = "", device: Device = CPU
+    ):
+        self.plan, self.store, self.cores, self.watcher, self.device = plan, store, cores, watcher, device
+        self.hello = {"store": str(store.root), "every": every, "code": code_version(), "run": run, "device": asdict(device)}
         todo = plan.todo
-        first = priorities(todo, Estimator(store).seconds)
+        first = priorities(todo, Estimator(store, device).seconds)
         self.left = waits(todo)
         self.ready = sorted(todo, key=lambda n: -first[n.key])
         self.hands: list[Hand] = []
@@ -284,14 +290,22 @@ class Scheduler:
         """Starts the stages that wait for nothing, those with the longest way before them first.
 
         The first that does not fit keeps its place: cores that come free are saved for it, or small stages starve a wide one.
+        Stages that wait for the device let others pass, and go to workers that have been there: each takes memory of it.
         """
-        free = self.cores - sum(slots(h.node, self.cores) for h in self.hands if h.node)
+        busy = [h.node for h in self.hands if h.node]
+        free = self.cores - sum(slots(node, self.cores) for node in busy)
+        seats = self.device.stages - sum(map(self.device.takes, busy))
         for node in [n for n in self.ready if not self.left[n.key]]:
+            there = self.device.takes(node)
+            if there and seats < 1:
+                continue
             if self.signal or slots(node, self.cores) > free:
                 return
-            free -= slots(node, self.cores)
+            free, seats = free - slots(node, self.cores), seats - there
             self.ready.remove(node)
-            hand = next((h for h in self.hands if not h.node), None) or self._hire(node.stage.threads)
+            idle = sorted((h for h in self.hands if not h.node), key=lambda h: h.there != there)
+            hand = idle[0] if idle else self._hire(node.stage.threads)
+            hand.there = hand.there or there
             goals = self.home[node.key]
             hand.begin(node, goals, self._job(node, goals), self.records[goals])
 

@@ -5,7 +5,9 @@ on standard output. It keeps what it has imported, so torch is loaded once a wor
 runs, what it prints goes to ``log.txt`` in the stage's folder. When the input ends, the parent is gone: the worker and all
 processes it has started end at once.
 
-Leaves out: which stage goes when (run.py), and devices other than the CPU's threads.
+A run's device is told once, and handed to every stage in its context; what a stage held there is given back when it ends.
+
+Leaves out: which stage goes when (run.py).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any, BinaryIO
 
 from tutelage.card import card
 from tutelage.context import Context, Stopped
+from tutelage.device import Device, exhausted, free, relief
 from tutelage.explain import marks
 from tutelage.files import trouble
 from tutelage.graph import Stage, all_goals, from_record, key, order
@@ -69,6 +72,7 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True).start()
         hello = self._orders.get()
         self.store, self.every, self.code, self.run = Store(hello["store"]), hello["every"], hello["code"], hello["run"]
+        self.device = Device(**hello["device"])
         while True:
             each = self._orders.get()
             if each["do"] == "goals":
@@ -115,10 +119,19 @@ class Worker:
         except Stopped:
             self._record_end("stopped", facts)
         except BaseException as error:
-            self._record_end("failed", {**facts, **self._explained(mine, error)})
+            self._record_end("failed", {**facts, **self._explained(job, error)})
+        finally:
+            free(self.device.where)
 
-    def _explained(self, mine: str, error: BaseException) -> dict[str, Any]:
+    def _explained(self, job: Order, error: BaseException) -> dict[str, Any]:
         """What a stage raised: the machine's trouble in one line; anything else in one, and the traceback in its log."""
+        mine: str = job["key"]
+        if exhausted(error):
+            fix = relief(self._stage(job["goals"], mine))
+            return {
+                "message": f"out of memory on {self.device.where}, {self.device.name}; {fix}: nothing made is lost",
+                "user": True,
+            }
         if why := trouble(error, self.store.root):
             why = f"{why}; mend that and run the same command again: nothing made is lost"
             return {"message": why, "user": True, "ends": True}
@@ -166,7 +179,7 @@ class Worker:
         store.event(f"stage {how}", **facts, **at)
         self.tell({"event": how, **facts, **at})
         began = time.time()
-        ctx = Context(stage, store, self._throttled(), self._stop.is_set, self.every)
+        ctx = Context(stage, store, self._throttled(), self._stop.is_set, self.every, self.device.where)
         self._ctx = ctx
         with captured(ctx.work / "log.txt"):
             stage.run(ctx)
@@ -240,6 +253,7 @@ class Worker:
             "versions": {"python": platform.python_version(), **{p: of(p) for p in LIBRARIES}},
             "code": self.code,
             "threads": stage.threads,
+            "device": self.device.name if stage.on_device else "cpu",
             "marks": marks(stage),
             **({"seed": seed} if seed is not None else {}),
         }

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tutelage.commands.shared import STORE, AsJson, Cores, Where, console, find, load_run, near, print_json
+from tutelage.commands.shared import STORE, AsJson, Cores, On, Where, console, find, found_device, load_run, near, print_json
 from tutelage.spec import UserError, suggest
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def diagnose(
     out: Picture = None,
     store: Where = STORE,
     cores: Cores = None,
+    device: On = "auto",
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +90,7 @@ def diagnose(
             sampling=Sampling(temperature=temperature, max_new_tokens=max_new_tokens),
             seed=seed,
         )
-        made = answer(stage, store, cores or core_count(), plain, as_json)
+        made = answer(stage, store, cores or core_count(), device, plain, as_json)
         found |= {**made, "teachers": [*made["teachers"], *told]}
     if out and comparable:
         diagnosis.save(found, out)
@@ -109,7 +110,7 @@ def tell(found: dict[str, Any], home: Store, picture: Path | None) -> None:
         say.print(f"picture: {near(picture)}", highlight=False, soft_wrap=True)
 
 
-def answer(stage: Diagnose, store: Path, cores: int, plain: bool, quiet: bool) -> dict[str, Any]:
+def answer(stage: Diagnose, store: Path, cores: int, device: str, plain: bool, quiet: bool) -> dict[str, Any]:
     """The stage's facts, made first where they are not stored. Ends the command where that fails."""
     import sys
 
@@ -125,10 +126,11 @@ def answer(stage: Diagnose, store: Path, cores: int, plain: bool, quiet: bool) -
     home = Store(store)
     if made.todo:
         say = Console(stderr=True) if quiet else console()
-        estimator = Estimator(home)
+        there = found_device(device, 1, made, say)
+        estimator = Estimator(home, there)
         say.print(f"[bold]diagnose[/]: {summary(made, estimator, cores)}", highlight=False, soft_wrap=True)
         with watch(made, estimator, cores, say, plain) as watcher:
-            outcome = run(made, home, argv=sys.argv, cores=cores, watcher=watcher)
+            outcome = run(made, home, argv=sys.argv, cores=cores, device=there, watcher=watcher)
         if outcome.state == "stopped":
             say.print("stopped; the same command goes on from the last checkpoint", soft_wrap=True)
         if outcome.state != "done":

@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tutelage.commands.report import show
-from tutelage.commands.shared import STORE, Cores, Seed, Seeds, Sets, Where, Which, chosen_recipe, console, planned
+from tutelage.commands.shared import (
+    STORE,
+    AtOnce,
+    Cores,
+    On,
+    Seed,
+    Seeds,
+    Sets,
+    Where,
+    Which,
+    chosen_recipe,
+    console,
+    found_device,
+    planned,
+)
 from tutelage.spec import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +43,8 @@ def run(
     seeds: Seeds = None,
     store: Where = STORE,
     cores: Cores = None,
+    device: On = "auto",
+    device_stages: AtOnce = 1,
     skip_bad_rows: SkipBadRows = False,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines instead of bars.")] = False,
     checkpoint_every: Annotated[
@@ -49,13 +65,21 @@ def run(
     from tutelage.run import run as execute
     from tutelage.store import Store
 
-    home, out = Store(store), console()
-    cores = cores or core_count()
-    estimator = Estimator(home)
+    out = console()
+    there = found_device(device, device_stages, made, out)
+    home, cores = Store(store), cores or core_count()
+    estimator = Estimator(home, there)
     out.print(f"[bold]{chosen.name}[/]: {summary(made, estimator, cores)}", highlight=False, soft_wrap=True)
     with watch(made, estimator, cores, out, plain) as watcher:
         outcome = execute(
-            made, home, arguments=chosen.arguments, argv=sys.argv, cores=cores, every=checkpoint_every, watcher=watcher
+            made,
+            home,
+            arguments=chosen.arguments,
+            argv=sys.argv,
+            cores=cores,
+            device=there,
+            every=checkpoint_every,
+            watcher=watcher,
         )
     for line in _skipped(made, home):
         out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tutelage.catalog import Chosen
+    from tutelage.device import Device
     from tutelage.graph import Plan
     from tutelage.store import Store
 
@@ -31,6 +32,15 @@ Where = Annotated[Path, typer.Option("--store", metavar="DIR", envvar="TUTELAGE_
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Cores = Annotated[
     int | None, typer.Option("--cores", "--jobs", "-j", metavar="N", help="CPU cores to share (default: all).", min=1)
+]
+On = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", help="Where models are: auto (a CUDA device if there is one), cpu, cuda:N, mps."
+    ),
+]
+AtOnce = Annotated[
+    int, typer.Option("--device-stages", metavar="N", help="Stages at once on a device other than the CPU.", min=1)
 ]
 STORE = Path("store")
 
@@ -49,6 +59,18 @@ def planned(chosen: Chosen, store: Path) -> Plan:
     from tutelage.store import Store
 
     return make(chosen.goals, Store(store, create=False).has)
+
+
+def found_device(asked: str, stages: int, plan: Plan, out: Console) -> Device:
+    """The device that a run's models are to be on; says which where it is not the CPU. Raises `UserError`."""
+    from tutelage.device import CPU, find
+
+    if asked == "auto" and not any(node.stage.on_device for node in plan.todo):
+        return CPU
+    device = find(asked, stages)
+    if device.accelerator:
+        out.print(f"models are on {device.where}, {device.name}", highlight=False, markup=False, soft_wrap=True)
+    return device
 
 
 def open_store(store: Path) -> Store:

@@ -28,7 +28,7 @@ from tutelage.learn.remote import FILE as REMOTE
 from tutelage.learn.remote import Remote, RemoteScorer
 from tutelage.losses.base import Loss
 from tutelage.model.adapter import Base, activate, is_adapter, load_adapter, load_weights, weights
-from tutelage.model.folder import load_model, matmul_params
+from tutelage.model.folder import load_model, matmul_params, on_cpu
 from tutelage.model.head import Head
 from tutelage.model.padded import is_packed, row_states
 from tutelage.spec import UserError
@@ -162,8 +162,8 @@ class Learner:
     # --- surviving ---
 
     def state(self) -> dict[str, Any]:
-        """Everything the next update depends on: what is trained, and the optimizer's memory of it."""
-        return {"model": weights(self.model), "optimizers": [o.state_dict() for o in self.optimizers]}
+        """Everything the next update depends on, on the CPU: what is trained, and the optimizer's memory of it."""
+        return {"model": weights(self.model), "optimizers": [on_cpu(o.state_dict()) for o in self.optimizers]}
 
     def restore(self, state: dict[str, Any]) -> None:
         load_weights(self.model, state["model"])
@@ -259,8 +259,8 @@ class Scorers:
     a scorer switches to its own adapter before it scores. With ``resident`` no more than so many whole models are in memory;
     the one that was asked least recently goes, and is loaded again when it is asked."""
 
-    def __init__(self, vocab: int | None = None, resident: int = 0):
-        self._vocab, self._resident = vocab, resident
+    def __init__(self, vocab: int | None = None, resident: int = 0, device: str = "cpu"):
+        self._vocab, self._resident, self._device = vocab, resident, device
         self._bases: dict[Path, Any] = {}
         """whole models, the last one asked at the end"""
         self._loaded: dict[Path, dict[Path, ModelScorer]] = {}
@@ -281,7 +281,7 @@ class Scorers:
         base = Base.of(folder).folder
         if base not in self._bases:
             self._make_room()
-            self._bases[base] = load_model(base)
+            self._bases[base] = load_model(base, device=self._device)
         model = self._bases[base] = self._bases.pop(base)
         scorers = self._loaded.setdefault(base, {})
         if folder not in scorers:

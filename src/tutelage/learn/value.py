@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from tutelage.learn.learner import Learner
-from tutelage.model.folder import one_line
+from tutelage.model.folder import moved, one_line
 from tutelage.model.padded import implementation
 from tutelage.spec import UserError
 from tutelage.types import Batch, Sample, Signal
@@ -52,7 +52,7 @@ class ValueLearner(Learner):
         return self.score(samples, 1.0, "values")
 
 
-def load_value(folder: Path) -> Any:
+def load_value(folder: Path, device: str = "cpu") -> Any:
     """A value model, with the attention of `load_model`, in eval mode, from the folder of a causal model or of one with a
     ``score`` head.
 
@@ -89,4 +89,4 @@ def load_value(folder: Path) -> Any:
     with torch.no_grad():
         for name in head.keys() & set(found["missing_keys"]):
             head[name].zero_()
-    return model.eval()
+    return moved(model, device)

@@ -139,9 +139,12 @@ def activate(model: Any, names: Sequence[str], train: str = "") -> None:
 
 
 def weights(model: Any) -> dict[str, torch.Tensor]:
-    """What training changes, by name: the whole state, or of a model with an adapter that is trained the adapter alone."""
+    """What training changes, by name, on the CPU: the whole state, or of a model with an adapter that is trained the adapter
+    alone."""
+    from tutelage.model.folder import on_cpu
+
     frozen = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    return {n: t for n, t in model.state_dict().items() if n not in frozen}
+    return on_cpu({n: t for n, t in model.state_dict(keep_vars=True).items() if n not in frozen})
 
 
 def load_weights(model: Any, saved: dict[str, torch.Tensor]) -> None:
@@ -195,7 +198,9 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path, base: Base) -> None:
         ranks[last], alphas[last] = rank, max(1, round(layer.scaling[names[0]] * rank))
         scale = alphas[last] / rank  # the first adapter's own, wherever that leaves alpha whole: peft's is an integer
         b = torch.cat([layer.lora_B[n].weight * (layer.scaling[n] / scale) for n in names], 1)
-        tensors |= {f"{PREFIX}{where}.{part}.weight": t.detach().contiguous() for part, t in (("lora_A", a), ("lora_B", b))}
+        tensors |= {
+            f"{PREFIX}{where}.{part}.weight": t.detach().cpu().contiguous() for part, t in (("lora_A", a), ("lora_B", b))
+        }
     targets = sorted(ranks)
     rank, alpha = ranks[targets[0]], alphas[targets[0]]
     config = LoraConfig(

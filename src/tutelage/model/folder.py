@@ -56,11 +56,23 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Any
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"{folder} {what} tensor {names[0]!r}{more} of its config.json; copy the whole model again")
-    return _moved(model, device)
+    return moved(model, device)
 
 
-def _moved(model: Any, device: str) -> Any:
+def moved(model: Any, device: str) -> Any:
+    """A loaded model on a device, in eval mode; tied weights stay tied."""
     return model.to(device).eval()
+
+
+def on_cpu(values: Any, made: dict[int, torch.Tensor] | None = None) -> Any:
+    """Tensors, also in dicts, lists and tuples, on the CPU and without gradients; those that are there are not copied, and
+    what is one tensor stays one."""
+    made = {} if made is None else made
+    if isinstance(values, torch.Tensor):
+        return made.setdefault(id(values), values.detach().cpu())
+    if isinstance(values, dict):
+        return {name: on_cpu(each, made) for name, each in values.items()}
+    return type(values)(on_cpu(each, made) for each in values) if isinstance(values, (list, tuple)) else values
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -87,7 +99,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
     logging.disable_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=on_cpu(model.state_dict(keep_vars=True)))
     tokenizer.save_pretrained(folder)
 
 

@@ -131,8 +131,9 @@ class LocalEngine:
         """The last token of each running slot -> hidden states [S, D]."""
         device = self.model.device
         ids = torch.tensor(tokens, device=device)
-        pos = torch.tensor([len(s.request.tokens) + len(s.tokens) - 1 for s in self._running], device=device)
-        cache = self._room(int(pos.max()) + 1)
+        places = [len(s.request.tokens) + len(s.tokens) - 1 for s in self._running]
+        pos = torch.tensor(places, device=device)
+        cache = self._room(max(places) + 1)
         return self._forward(ids, pos, Decode(cache, pos))
 
     def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:

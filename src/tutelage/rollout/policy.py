@@ -21,8 +21,16 @@ class Policy:
     With an ``adapter`` to be trained, which begins from ``seed``, it is published as that alone.
     """
 
-    def __init__(self, folder: Path, slots: int, dtype: str | None = None, adapter: Adapter | None = None, seed: int = 0):
-        self.model, self.tokenizer = load_model(folder), load_tokenizer(folder)
+    def __init__(
+        self,
+        folder: Path,
+        slots: int,
+        dtype: str | None = None,
+        adapter: Adapter | None = None,
+        seed: int = 0,
+        device: str = "cpu",
+    ):
+        self.model, self.tokenizer = load_model(folder, device=device), load_tokenizer(folder)
         self._base = Base.of(folder) if adapter else None
         if adapter:
             adapter.attach(self.model, seed)

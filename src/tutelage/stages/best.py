@@ -31,6 +31,7 @@ class Best(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "chooses"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     candidates: dict[str, At] = Field(min_length=1)
@@ -99,7 +100,7 @@ class Best(Stage):
         from tutelage.context import Cost
         from tutelage.rollout.policy import Policy
 
-        policy, spent = Policy(ctx.input(at), self.slots), Cost()
+        policy, spent = Policy(ctx.input(at), self.slots, device=ctx.device), Cost()
         driver = policy.driver(self.template, self.env, self.sampling)
         domains = {}
         for domain, asked in tasks.items():

@@ -42,6 +42,7 @@ class Codistill(Stage):
     """Trains ``branches`` and a ``student`` that they teach; see the module's docstring."""
 
     verb: ClassVar[str] = "trains specialists and their student"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 3
 
     student: Online
@@ -117,7 +118,7 @@ class _Seat:
 
     def __init__(self, ctx: Any, port: str, stage: Online):
         self._ctx, self._port, self.stage = ctx, port, stage
-        self.input, self.input_meta = ctx.input, ctx.input_meta
+        self.input, self.input_meta, self.device = ctx.input, ctx.input_meta, ctx.device
         self.cost = Cost()
         self.facts: dict[str, Any] = {}
         self.said: dict[str, Any] = {}

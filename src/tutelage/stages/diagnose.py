@@ -72,6 +72,7 @@ class Diagnose(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"diagnosis": "data"}
     verb: ClassVar[str] = "measures"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     model: At
@@ -156,10 +157,10 @@ class Measuring:
         from tutelage.rollout.policy import Policy
 
         self.stage, self.ctx = stage, ctx
-        self.policy = Policy(ctx.input(stage.model), stage.slots)
+        self.policy = Policy(ctx.input(stage.model), stage.slots, device=ctx.device)
         self.vocab = len(self.policy.tokenizer)
         self.student, self.head = Learner(self.policy.model, vocab=self.vocab), Head.of(self.policy.model, self.vocab)
-        scorers = Scorers(self.vocab)
+        scorers = Scorers(self.vocab, device=ctx.device)
         self.teachers = {label: scorers.of(ctx.input(at), at.of.name) for label, at in stage.teachers.items()}
         env: Any = stage.env or unscored
         self.driver = self.policy.driver(stage.template, env, stage.sampling)
@@ -256,12 +257,14 @@ def compare(
 
     rows = max(1, CHUNK // heads[0].vocab)
     chunks = zip(*(torch.from_numpy(each).split(rows) for each in (ours, theirs, targets)), strict=True)
+    device = heads[0].weight.device
     with torch.inference_mode():
         made = []
-        for mine, other, token in chunks:
+        for chunk in chunks:
+            mine, other, token = (each.to(device) for each in chunk)
             student, teacher = ((head(h) / temperature).log_softmax(-1) for head, h in zip(heads, (mine, other), strict=True))
             made.append(compared(student, teacher, token, k))
-    return torch.cat(made).numpy()
+    return torch.cat(made).cpu().numpy()
 
 
 def compared(student: torch.Tensor, teacher: torch.Tensor, token: torch.Tensor, k: int) -> torch.Tensor:

@@ -79,6 +79,7 @@ class Evaluate(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"scores": "scores"}
     verb: ClassVar[str] = "scores"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     model: At
@@ -107,7 +108,7 @@ class Evaluate(Stage):
         from tutelage.text.scores import write_scores
 
         tasks = [t for t in read_tasks(ctx.input(self.tasks)) if t.domain == self.domain][: self.limit]
-        policy = Policy(ctx.input(self.model), self.slots)
+        policy = Policy(ctx.input(self.model), self.slots, device=ctx.device)
         driver = policy.driver(self.template, self.env, self.sampling)
         rows, part = [], max(self.slots, 1) * 2
         for start in range(0, len(tasks), part):

@@ -55,6 +55,7 @@ class Fit(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "trains"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 3
 
     model: At
@@ -200,7 +201,7 @@ class _Fitting:
         from tutelage.text.signals import read_signals
 
         self.stage, self.ctx = stage, ctx
-        self.policy = Policy(ctx.input(stage.model), slots=256, adapter=stage.adapter, seed=stage.seed)
+        self.policy = Policy(ctx.input(stage.model), slots=256, adapter=stage.adapter, seed=stage.seed, device=ctx.device)
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.each = 2 if stage.loss.per == "pairs" else 1  # samples of a row
@@ -210,7 +211,7 @@ class _Fitting:
             read_signals(ctx.input(stage.data), self.samples, stored)
         self.references: References | None = None
         if stage.reference:
-            scorer = Scorers(vocab).of(ctx.input(stage.reference), stage.reference.of.name)
+            scorer = Scorers(vocab, device=ctx.device).of(ctx.input(stage.reference), stage.reference.of.name)
             self.references = References(scorer, self.samples)
         self.allowed = stage.budget.allowed(ctx) if stage.budget else math.inf
         self.best: dict[str, Any] = {"score": -1.0, "step": 0}

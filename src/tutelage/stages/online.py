@@ -62,6 +62,7 @@ class Online(Stage):
     brings: ClassVar[frozenset[str]] = SAMPLED
     """Signals that are there before the credit rules."""
     verb: ClassVar[str] = "trains on its own samples"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 5
 
     model: At
@@ -239,12 +240,12 @@ class Loop:
         from tutelage.text.rows import read_tasks
 
         self.stage, self.ctx = stage, ctx
-        self.policy = Policy(ctx.input(stage.model), stage.slots, stage.rollout_dtype, stage.adapter, stage.seed)
+        self.policy = Policy(ctx.input(stage.model), stage.slots, stage.rollout_dtype, stage.adapter, stage.seed, ctx.device)
         vocab = len(self.policy.tokenizer)
         self.learner = Learner(self.policy.model, stage.optimizer, stage.clip, stage.micro_tokens, stage.dtype, vocab)
         self.driver = self.policy.driver(stage.template, stage.env, stage.sampling)
         self.driver.sets = "kept" in stage.loss.needs()
-        self.scorers = Scorers(vocab, stage.resident)  # one for each folder, however many domains it teaches
+        self.scorers = Scorers(vocab, stage.resident, ctx.device)  # one for each folder, however many domains it teaches
         by_domain: dict[str, Scorer] = {d: self._scorer(at) for d, at in stage.teachers.items() if d in stage.domains}
         reference = self._scorer(stage.reference) if stage.reference else None
         self.itself = PolicyScorer(self.learner)

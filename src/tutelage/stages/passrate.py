@@ -40,6 +40,7 @@ class PassRate(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"tasks": "data"}
     verb: ClassVar[str] = "measures"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     model: At
@@ -78,7 +79,7 @@ class PassRate(Stage):
         rows = [row for row in read_rows(pool) if row["domain"] in self.domains]
         tasks = [task for task in read_tasks(pool) if task.domain in self.domains]
         self._check(rows)
-        policy = Policy(ctx.input(self.model), self.slots)
+        policy = Policy(ctx.input(self.model), self.slots, device=ctx.device)
         driver = policy.driver(self.template, self.env, self.sampling)
         done, folder = ctx.resume()
         found = _read(folder) if folder else []

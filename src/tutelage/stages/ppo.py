@@ -90,7 +90,7 @@ class _PPO(Loop):
         from tutelage.learn.value import ValueLearner, load_value
 
         super().__init__(stage, ctx)
-        model = load_value(ctx.input(stage.value))
+        model = load_value(ctx.input(stage.value), ctx.device)
         self.value = ValueLearner(model, stage.value_optimizer, stage.clip, stage.micro_tokens, stage.dtype)
 
     def _assign(self, drawn: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:

@@ -36,6 +36,7 @@ class TeacherScores(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"data": "data"}
     verb: ClassVar[str] = "scores"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     teacher: At
@@ -66,7 +67,7 @@ class TeacherScores(Stage):
 
         tokenizer = load_tokenizer(ctx.input(self.teacher))
         samples = examples(ctx, self.data, self.template, tokenizer)
-        teacher = Scorers(len(tokenizer)).of(ctx.input(self.teacher), self.teacher.of.name)
+        teacher = Scorers(len(tokenizer), device=ctx.device).of(ctx.input(self.teacher), self.teacher.of.name)
         done, folder = ctx.resume()
         if folder:
             read_signals(folder, samples[:done], NAMES)

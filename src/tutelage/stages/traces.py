@@ -40,6 +40,7 @@ class Traces(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"traces": "data"}
     verb: ClassVar[str] = "samples"
+    on_device: ClassVar[bool] = True
     version: ClassVar[int] = 2
 
     policies: dict[str, At] = Field(min_length=1)
@@ -115,7 +116,7 @@ class Traces(Stage):
     def _driver(self, ctx: Any, domain: str) -> tuple[Any, Any]:
         from tutelage.rollout.policy import Policy
 
-        policy = Policy(ctx.input(self.policies[domain]), self.slots)
+        policy = Policy(ctx.input(self.policies[domain]), self.slots, device=ctx.device)
         return policy.driver(self.template, self.env, self.sampling), policy
 
     def _check(self, ctx: Any, rows: Sequence[Row]) -> None:
