@@ -22,8 +22,8 @@ NAME = "pretend"
 ATEN = torch.ops.aten
 COPIES = {ATEN.copy_.default, ATEN._to_copy.default, ATEN._copy_from.default, ATEN._copy_from_and_resize.default}
 INDEXED = {ATEN.index.Tensor, ATEN.index_put.default, ATEN.index_put_.default, ATEN._index_put_impl_.default}
-ASKED: list[str] = []
-"""Names of the operations since it was last cleared."""
+NARROW: list[bool] = []
+"""Not empty: the device knows no numbers of 64 bits, as MPS."""
 
 
 class Pretend(torch.Tensor):
@@ -33,6 +33,8 @@ class Pretend(torch.Tensor):
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor) -> Pretend:
+        if raw.dtype == torch.float64 and NARROW:
+            raise TypeError(f"{NAME} knows no float64")
         at = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype, "layout": raw.layout}
         with torch.inference_mode(False):  # a view of a weight must count its changes with it
             return torch.Tensor._make_wrapper_subclass(cls, raw.shape, **at, device=torch.device(NAME, 0))
@@ -57,7 +59,6 @@ def perform(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation on the device, by the CPU's."""
     if (made := func.decompose(*args, **kwargs)) is not NotImplemented:  # without gradients even composed operations come here
         return made
-    ASKED.append(str(func))
     check(func, args, kwargs)
     device = kwargs.get("device")
     leaves = func in COPIES and func is ATEN._to_copy.default and device is not None and torch.device(device).type != NAME

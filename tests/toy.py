@@ -41,6 +41,28 @@ class Make(Stage):
         (ctx.output("data") / "rows.json").write_text(json.dumps([self.seed + i for i in range(self.rows)]))
 
 
+class There(Make):
+    """Runs on the device, it says."""
+
+    on_device: ClassVar[bool] = True
+
+
+class Greedy(Make):
+    """Asks for more memory than a device has."""
+
+    micro_tokens: int = unkeyed(64)
+    slots: int = unkeyed(5)
+    on_device: ClassVar[bool] = True
+
+    def run(self, ctx: Any) -> None:
+        import torch
+
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError("a library wrapped it") from error
+
+
 class Count(Stage):
     """'Trains' by adding numbers, one step at a time, with checkpoints; keeps a series."""
 

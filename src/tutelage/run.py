@@ -347,6 +347,8 @@ class Scheduler:
         elif what == "failed":
             self.failed[node.label] = event["message"]
             self.users = self.users and event.get("user", False)
+            if self.device.takes(node):  # what went wrong there may stick to the process, its memory does
+                self._bury(hand)
             if event.get("ends"):  # the next stage would meet the same full disk
                 self.ready.clear()
         elif what == "stopped" and not self.signal:  # a batch system may signal the workers alone

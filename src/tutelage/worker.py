@@ -120,8 +120,6 @@ class Worker:
             self._record_end("stopped", facts)
         except BaseException as error:
             self._record_end("failed", {**facts, **self._explained(job, error)})
-        finally:
-            free(self.device.where)
 
     def _explained(self, job: Order, error: BaseException) -> dict[str, Any]:
         """What a stage raised: the machine's trouble in one line; anything else in one, and the traceback in its log."""
@@ -183,6 +181,7 @@ class Worker:
         self._ctx = ctx
         with captured(ctx.work / "log.txt"):
             stage.run(ctx)
+        free(self.device.where)
         for port in stage.outputs:
             if not (ctx.work / port).is_dir():
                 raise UserError(f"stage {stage.name!r} ended without filling its port {port!r}")

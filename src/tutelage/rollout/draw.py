@@ -11,6 +11,8 @@ import torch
 
 BLOCK = 256
 """Tokens whose probabilities are summed before any is looked at."""
+NO_FP64 = frozenset({"mps"})
+"""Types of devices."""
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -40,11 +42,13 @@ def kept(logp: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.
 
 
 def draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Log-probs [S, V] (-inf where not kept) and uniforms [S] -> tokens int [S].
+    """Log-probs [S, V] (-inf where not kept) and uniforms [S] of any device -> tokens int [S].
 
-    First a block of `BLOCK` tokens by its probability, then the token in it, both in fp64: no [S, V] of fp64 is made.
+    First a block of `BLOCK` tokens by its probability, then the token in it, both in fp64: no [S, V] of fp64 is made. Where the
+    device knows no fp64, the CPU does this.
     """
-    p, V = logp.exp(), logp.shape[1]
+    where = "cpu" if logp.device.type in NO_FP64 else logp.device
+    p, u, V = logp.to(where).exp(), u.to(where), logp.shape[1]
     size = min(BLOCK, V)
     whole = V // size * size
     parts = [p[:, :whole].unflatten(1, (-1, size)), p[:, None, whole:]]
@@ -52,8 +56,8 @@ def draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     edges = sums.cumsum(-1)
     target = u[:, None] * edges[:, -1:]
     block = torch.searchsorted(edges, target, right=True).clamp_(max=sums.shape[1] - 1)
-    index = block * size + torch.arange(size, device=logp.device)
+    index = block * size + torch.arange(size, device=where)
     inside = p.gather(1, index.clamp(max=V - 1)).double().masked_fill_(index >= V, 0.0).cumsum(-1)
     rest = (target - (edges - sums).gather(1, block)).clamp_(min=0.0)
     rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))  # rounding never leaves the block
-    return (block * size + torch.searchsorted(inside, rest, right=True))[:, 0]
+    return (block * size + torch.searchsorted(inside, rest, right=True))[:, 0].to(logp.device)

@@ -164,7 +164,7 @@ class LocalEngine:
         else:
             seeds = np.array([s.request.seed for s in slots], dtype=np.uint64)
             u = uniforms(seeds, np.array([len(s.tokens) for s in slots]))
-            token = draw(allowed, torch.from_numpy(u).to(logits.device))
+            token = draw(allowed, torch.from_numpy(u))
             if any(greedy):
                 token = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(-1), token)
         full = logp.gather(1, token[:, None])[:, 0].tolist()

@@ -264,7 +264,7 @@ def compare(
             mine, other, token = (each.to(device) for each in chunk)
             student, teacher = ((head(h) / temperature).log_softmax(-1) for head, h in zip(heads, (mine, other), strict=True))
             made.append(compared(student, teacher, token, k))
-    return torch.cat(made).cpu().numpy()
+    return torch.cat(made).numpy()
 
 
 def compared(student: torch.Tensor, teacher: torch.Tensor, token: torch.Tensor, k: int) -> torch.Tensor:
@@ -273,7 +273,8 @@ def compared(student: torch.Tensor, teacher: torch.Tensor, token: torch.Tensor, 
 
     p, q = student.exp(), teacher.exp()
     shared = likeliest(student, k) & likeliest(teacher, k)
-    mine, theirs = (logp.gather(1, token[:, None])[:, 0].double() for logp in (student, teacher))
+    wide = lambda x: x.cpu().double()  # noqa: E731  # some devices know no fp64
+    mine, theirs = (wide(logp.gather(1, token[:, None])[:, 0]) for logp in (student, teacher))
     gap = theirs - mine
     columns = {
         "nll": -theirs,
@@ -286,7 +287,7 @@ def compared(student: torch.Tensor, teacher: torch.Tensor, token: torch.Tensor, 
         "teacher_mass": (q * shared).sum(-1),
         "top1": student.argmax(-1) == teacher.argmax(-1),
     }
-    return torch.stack([*(columns[name].double() for name in NUMBERS), gap.square(), torch.ones_like(gap)], 1)
+    return torch.stack([*(wide(columns[name]) for name in NUMBERS), gap.square(), torch.ones_like(gap)], 1)
 
 
 def likeliest(logp: torch.Tensor, k: int) -> torch.Tensor:
