@@ -35,11 +35,13 @@ from tutelage.device import CPU, Device, find, look, relief
 from tutelage.envs.single import SingleTurn
 from tutelage.estimate import Estimator, span
 from tutelage.graph import Goals, Stage, key, order, plan
+from tutelage.learn import value
 from tutelage.learn.learner import Learner
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.losses.kl import K3
 from tutelage.losses.policy import DAPO
 from tutelage.losses.top_k import TailForwardKL, TailReverseKL
+from tutelage.model import folder
 from tutelage.model.lora import Continue, LoRA, Stack
 from tutelage.rollout import draw
 from tutelage.rollout.base import Request, Sampling
@@ -144,8 +146,8 @@ def make(goal: Stage, store: Store, where: str) -> None:
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     """One for each device: what several stages build on is made once."""
-    folder = tmp_path_factory.mktemp("devices")
-    return {where: Store(folder / where) for where in ("cpu", "pretend", "cuda")}
+    here = tmp_path_factory.mktemp("devices")
+    return {where: Store(here / where) for where in ("cpu", "pretend", "cuda")}
 
 
 def numbers(value: Any, path: str = "") -> dict[str, Any]:
@@ -157,12 +159,28 @@ def numbers(value: Any, path: str = "") -> dict[str, Any]:
     return {path: value}
 
 
+@pytest.fixture
+def placed(monkeypatch):
+    """Where models were put since it was last cleared."""
+    seen: set[str] = set()
+
+    def moved(model: Any, where: str) -> Any:
+        seen.add(where)
+        return model.to(where).eval()
+
+    for module in (folder, value):
+        monkeypatch.setattr(module, "moved", moved)
+    return seen
+
+
 @pytest.mark.parametrize("name", stages())
-def test_a_stage_makes_on_a_device_what_it_makes_on_the_cpu(name, stores, device):
+def test_a_stage_makes_on_a_device_what_it_makes_on_the_cpu(name, stores, device, placed):
     stage = stages()[name]
     stage.infer(Types())
     for where in ("cpu", device):
+        placed.clear()
         make(stage, stores[where], where)
+        assert placed == {where}, "a model that is left on the CPU is slow, and nothing else would tell"
     for each in order([stage]):
         here, there = (stores[where].folder(key(each)) for where in ("cpu", device))
         files = sorted(f.relative_to(here) for f in here.rglob("*.safetensors"))
@@ -347,11 +365,11 @@ def test_a_device_that_is_not_there_ends_the_command_before_any_work(tmp_path, m
 @pytest.fixture
 def in_every_process(tmp_path, monkeypatch):
     """Has the pretended accelerator registered wherever PyTorch is imported, as a vendor's package would."""
-    folder = tmp_path / "site" / "pretend-1.0.dist-info"
-    folder.mkdir(parents=True)
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: pretend\nVersion: 1.0\n")
-    (folder / "entry_points.txt").write_text("[torch.backends]\npretend = tests.accelerator:register\n")
-    monkeypatch.setattr(sys, "path", [*sys.path, str(folder.parent), str(Path(__file__).parents[1])])
+    site = tmp_path / "site" / "pretend-1.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: pretend\nVersion: 1.0\n")
+    (site / "entry_points.txt").write_text("[torch.backends]\npretend = tests.accelerator:register\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(site.parent), str(Path(__file__).parents[1])])
 
 
 @pytest.mark.usefixtures("in_every_process")
