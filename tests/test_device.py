@@ -81,8 +81,9 @@ def stages() -> dict[str, Stage]:
     select = Selection(tasks=DATA.out(), env=ENV, every=2, limit=4, sampling=Sampling(temperature=0.0, max_new_tokens=3))
     asked = {"model": INIT.out(), "tasks": DATA.out(), "env": TASTE, "sampling": SHORT}
     cut = Sampling(max_new_tokens=3, top_p=0.9, top_k=20)
-    teachers = {"low": rl(name="t1", optimizer=FAST).out(), "high": rl(name="t2", domains=("high",), adapter=LOW).out()}
     fresh = {"steps": 2, "prompts": 2, "group": 2}
+    low, high = rl(name="t1", optimizer=FAST, **fresh), rl(name="t2", domains=("high",), adapter=LOW, **fresh)
+    teachers = {"low": low.out(), "high": high.out()}
     value = {"value": INIT.out(), "reference": INIT.out(), **fresh}
     scores = TeacherScores(name="scores", teacher=teachers["low"], data=DATA.out(), k=6)
     found: list[Stage] = [
@@ -98,7 +99,7 @@ def stages() -> dict[str, Stage]:
             reference=INIT.out(),
             **fresh,
         ),
-        mopd(name="full", teachers=teachers, resident=1),
+        mopd(name="full", teachers=teachers, resident=1, **fresh),
         mopd(
             TailReverseKL(),
             credit=(Teacher(want="topk", k=6),),

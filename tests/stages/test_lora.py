@@ -217,7 +217,7 @@ def test_teachers_on_one_base_are_one_model_in_memory(tmp_path, monkeypatch):
     stage = consolidated(loss=SampledReverseKL(), credit=rules, reference=INIT.out())
     make(consolidated(), store)
     real = learner.load_model
-    monkeypatch.setattr(learner, "load_model", lambda folder: loaded.append(folder) or real(folder))
+    monkeypatch.setattr(learner, "load_model", lambda folder, **how: loaded.append(folder) or real(folder, **how))
     make(stage, store)
     assert loaded == [store.path(key(INIT), "policy")]
 
