@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from time import perf_counter
 
 from bench.harness import Record, Run, interleave
@@ -38,7 +39,14 @@ def recipe(seed: int = 0) -> Goals:
 SCRIPT = """
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+
+
+class Say(TrainerCallback):
+    def on_step_end(self, *_, **__):
+        print("sft done", flush=True)
+
 
 tokenizer = AutoTokenizer.from_pretrained("model")
 args = SFTConfig(
@@ -46,13 +54,28 @@ args = SFTConfig(
     save_strategy="no", disable_tqdm=True,
 )
 data = load_dataset("json", data_files="texts.jsonl", split="train")
-SFTTrainer(AutoModelForCausalLM.from_pretrained("model"), args, train_dataset=data, processing_class=tokenizer).train()
+SFTTrainer(AutoModelForCausalLM.from_pretrained("model"), args, train_dataset=data, processing_class=tokenizer,
+           callbacks=[Say()]).train()
 """
 
 
 def started(words: list[str], folder: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{folder}/cache"}
-    return subprocess.run([sys.executable, *flags, *words], cwd=folder, env=env, check=True, capture_output=True, text=True)
+    words = [sys.executable, *flags, *words]
+    return subprocess.run(words, cwd=folder, env=surroundings(folder), check=True, capture_output=True, text=True)
+
+
+def surroundings(folder: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": f"{folder}/cache"}
+
+
+def until_done(words: list[str], folder: str) -> None:
+    """Runs a process until it says that the step is done, and ends it there."""
+    with Popen(
+        [sys.executable, *words], cwd=folder, env=surroundings(folder), stdout=PIPE, stderr=DEVNULL, text=True
+    ) as process:
+        if not any("sft done" in line for line in process.stdout or ()):
+            raise RuntimeError(f"{words} ended without its step")
+        process.kill()
 
 
 def answers(run: Run) -> Record:
@@ -94,9 +117,9 @@ def first_step(run: Run) -> Record:
         stores = iter(range(1_000_000))
 
         def ours() -> None:
-            started(["-m", "tutelage", "run", "recipe.py", "--store", f"store-{next(stores)}"], folder)
+            until_done(["-m", "tutelage", "run", "recipe.py", "--plain", "--store", f"store-{next(stores)}"], folder)
 
-        timing = interleave({"tutelage run": ours, "TRL script": lambda: started(["script.py"], folder)}, run.rounds)
+        timing = interleave({"tutelage run": ours, "TRL script": lambda: until_done(["script.py"], folder)}, run.rounds)
     run.details["first-step"] = [{k: v for k, v in row.items() if k not in ("cpu s", "MiB")} for row in timing.rows()]
     ratio, low, high = timing.ratio("tutelage run", "TRL script")
     note = "fp32; ours makes and publishes the model too"

@@ -91,6 +91,8 @@ class Stage(Spec):
     """How the report names this stage's part in the graph (trains, samples, scores, ...)."""
     on_device: ClassVar[bool] = False
     """Whether `run` computes on ``ctx.device`` where that is an accelerator; such stages take turns there."""
+    holds_models: ClassVar[bool] = False
+    """Whether `run` reads or makes models on the processor: as those on a device, it is given to a worker that has torch."""
 
     def out(self, port: str | None = None, step: int | None = None) -> At:
         """An edge from this stage; the only port may be left out."""

@@ -207,6 +207,8 @@ class Hand:
         self.node: Node | None = None
         self.there = False
         """whether it has been on the device"""
+        self.warm = False
+        """whether it has held models: it need not import torch again"""
         self._records: set[int] = set()
         self._rest = b""
         self.send({"do": "hello", **hello})
@@ -290,7 +292,8 @@ class Scheduler:
         """Starts the stages that wait for nothing, those with the longest way before them first.
 
         The first that does not fit keeps its place: cores that come free are saved for it, or small stages starve a wide one.
-        Stages that wait for the device let others pass, and go to workers that have been there: each takes memory of it.
+        Stages that wait for the device let others pass, and go to workers that have been there: each takes memory of it. Other
+        stages with models go to workers that had some, and those without leave these free.
         """
         busy = [h.node for h in self.hands if h.node]
         free = self.cores - sum(slots(node, self.cores) for node in busy)
@@ -303,9 +306,10 @@ class Scheduler:
                 return
             free, seats = free - slots(node, self.cores), seats - there
             self.ready.remove(node)
-            idle = sorted((h for h in self.hands if not h.node), key=lambda h: h.there != there)
+            models = node.stage.on_device or node.stage.holds_models
+            idle = sorted((h for h in self.hands if not h.node), key=lambda h: (h.there != there, h.warm != models))
             hand = idle[0] if idle else self._hire(node.stage.threads)
-            hand.there = hand.there or there
+            hand.there, hand.warm = hand.there or there, hand.warm or models
             goals = self.home[node.key]
             hand.begin(node, goals, self._job(node, goals), self.records[goals])
 

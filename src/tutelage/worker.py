@@ -13,6 +13,7 @@ Leaves out: which stage goes when (run.py).
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import queue
@@ -177,6 +178,9 @@ class Worker:
         store.event(f"stage {how}", **facts, **at)
         self.tell({"event": how, **facts, **at})
         began = time.time()
+        if stage.on_device or stage.holds_models:
+            with captured(store.work(mine) / "log.txt"):
+                import_torch()
         ctx = Context(stage, store, self._throttled(), self._stop.is_set, self.every, self.device.where)
         self._ctx = ctx
         with captured(ctx.work / "log.txt"):
@@ -256,6 +260,17 @@ class Worker:
             "marks": marks(stage),
             **({"seed": seed} if seed is not None else {}),
         }
+
+
+def import_torch() -> None:
+    """Once: with what models need, and without looking for garbage among a million objects that stay, now or later."""
+    if "torch" not in sys.modules:
+        gc.disable()
+        import torch  # noqa: F401
+        from transformers import modeling_utils  # noqa: F401
+
+        gc.freeze()
+        gc.enable()
 
 
 def clean(work: Path) -> None:

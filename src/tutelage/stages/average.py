@@ -29,6 +29,7 @@ class Average(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "averages"
+    holds_models: ClassVar[bool] = True
 
     models: tuple[At, ...] = Field(min_length=1)
     weights: tuple[float, ...] = ()
@@ -52,6 +53,7 @@ class TaskArithmetic(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "adds task vectors"
+    holds_models: ClassVar[bool] = True
 
     base: At
     models: tuple[At, ...] = Field(min_length=1)

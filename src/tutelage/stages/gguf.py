@@ -40,6 +40,7 @@ class FromGGUF(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "dequantises"
+    holds_models: ClassVar[bool] = True
 
     path: str = outside()
 

@@ -19,6 +19,7 @@ class Merge(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "merges"
+    holds_models: ClassVar[bool] = True
 
     model: At
 

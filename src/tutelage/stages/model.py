@@ -19,6 +19,7 @@ class NewModel(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "initialises"
+    holds_models: ClassVar[bool] = True
 
     alphabet: str = Field(min_length=1)
     width: int = Field(96, ge=2)
@@ -71,6 +72,7 @@ class Pretrained(Stage):
 
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "imports"
+    holds_models: ClassVar[bool] = True
 
     path: str = outside()
 
