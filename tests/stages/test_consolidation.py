@@ -253,8 +253,8 @@ def test_what_cannot_be_averaged():
 
 
 def best(**more):
-    learnt = fit(name="learnt", steps=150, rows=25, optimizer=AdamW(lr=0.02))
-    trials = {"untrained": INIT.out(), "learnt": learnt.out(), "again": learnt.out()}
+    learnt = fit(name="learnt", steps=150, rows=25, optimizer=AdamW(lr=0.02), checkpoints=(2,))
+    trials = {"untrained": INIT.out(), "on its way": learnt.out(step=2), "learnt": learnt.out(), "again": learnt.out()}
     fields = {"name": "best", "candidates": trials, "select_on": DATA.out(), "env": ENV}
     return Best(**{**fields, "sampling": SHORT.model_copy(update={"temperature": 0.0}), **more})
 
@@ -265,6 +265,7 @@ def test_the_best_trial_is_published_and_all_are_told(tmp_path):
     trials, chosen = ctx.facts["trials"], ctx.facts["selected"]
     assert chosen == {"candidate": "learnt", "dev": trials["learnt"]["dev"]}
     assert trials["learnt"]["dev"] > 0.9 > 0.2 > trials["untrained"]["dev"]
+    assert trials["on its way"]["dev"] < trials["learnt"]["dev"]
     assert trials["again"] == trials["learnt"]  # and the first of equals was taken
     for trial in trials.values():
         assert trial["dev"] == pytest.approx(sum(trial["domains"].values()) / 2)
