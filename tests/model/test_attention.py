@@ -76,7 +76,9 @@ def test_prefill_and_decode_equal_a_whole_forward(name):
         for step in range(11):
             at = torch.tensor([len(prompts[o]) + step for o in owner])
             ids = torch.stack([whole[o][p] for o, p in zip(owner, at, strict=True)])
-            out = decoder(input_ids=ids[None], position_ids=at[None], use_cache=False, layout=Decode(cache, at))
+            out = decoder(
+                input_ids=ids[None], position_ids=at[None], use_cache=False, layout=Decode(cache, at, int(at.max()) + 1)
+            )
             for slot, o in enumerate(owner):
                 torch.testing.assert_close(out.last_hidden_state[0, slot], want[o][at[slot]], atol=1e-5, rtol=1e-5)
 

@@ -8,7 +8,8 @@ from tests import tiny
 from tutelage.learn.learner import Learner
 from tutelage.model.attention import register
 from tutelage.rollout.base import Request, Sampling
-from tutelage.rollout.local import LocalEngine, _order_after
+from tutelage.rollout.local import LocalEngine
+from tutelage.rollout.slots import order_after
 from tutelage.text.template import reply_sample
 from tutelage.types import Task
 
@@ -71,9 +72,7 @@ def test_groups_share_one_prefill_and_costs_do_not_know(monkeypatch):
     for slots in (64, 3):
         engine, lengths = LocalEngine(tiny.model(), tiny.tokenizer(), slots), []
         forward = engine._forward
-        monkeypatch.setattr(
-            engine, "_forward", lambda ids, pos, lay, f=forward, n=lengths: n.append(len(ids)) or f(ids, pos, lay)
-        )
+        monkeypatch.setattr(engine, "_forward", lambda ids, *how, f=forward, n=lengths: n.append(len(ids)) or f(ids, *how))
         drain(engine, requests(Sampling(max_new_tokens=4), replicas=5))
         assert engine.prefilled == 5 * sum(map(len, PROMPTS))
         if slots == 64:
@@ -120,6 +119,6 @@ def test_new_weights_reach_a_copy_in_another_precision():
 
 
 def test_compaction_fills_holes_from_behind():
-    assert _order_after([0, 2, 3]) == [0, 3, 2]
-    assert _order_after([1, 2]) == [2, 1]
-    assert _order_after([]) == []
+    assert order_after([0, 2, 3]) == [0, 3, 2]
+    assert order_after([1, 2]) == [2, 1]
+    assert order_after([]) == []

@@ -274,28 +274,36 @@ class Prefill(Rows):
 
 
 class Decode:
-    """One token for each of the slots 0..S-1, at positions ``pos`` int [S]."""
+    """One token for each of the slots 0..S-1, at positions ``pos`` int [S], all of them below ``longest``."""
 
-    def __init__(self, cache: Cache, pos: torch.Tensor):
-        self.cache, self.size = cache, len(pos)
-        Hk, L = cache.both.shape[3:5]
+    def __init__(self, cache: Cache, pos: torch.Tensor, longest: int):
+        Hk, L, _ = cache.both.shape[3:]
         rows = torch.arange(len(pos) * Hk, device=pos.device).view(-1, Hk) * L
-        self.places = (rows + pos[:, None]).flatten()  # of the new token, in the cache as [slots·Hk·L, Dh]
-        self.age = pos[:, None] - torch.arange(L, device=pos.device)  # [S, L]
+        self.places = (rows + pos[:, None]).flatten()  # of the new token, in a layer's keys as [slots·Hk·L, Dh]
+        self.all = cache.both.flatten(2, 4).unbind()
+        self.seen = cache.both[:, :, : len(pos), :, :longest].flatten(2, 3).unbind()  # each [2, S·Hk, longest, Dh]
+        self.age = pos[:, None] - torch.arange(longest, device=pos.device)  # [S, longest]
         self.biases: dict[int | None, torch.Tensor] = {}
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """[S, 1, 1, L]"""
+    def bias(self, window: int | None, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """[S·heads, 1, longest]"""
         if window not in self.biases:
-            self.biases[window] = hidden_from(self.age[:, None, None], window, dtype)
+            made = hidden_from(self.age[:, None, None], window, dtype)
+            self.biases[window] = made.expand(-1, heads, -1, -1).flatten(0, 1)
         return self.biases[window]
 
     def attend(self, layer, q, k, v, scale, window, cap):
-        keys, values = self.cache.layer(layer)
-        for cached, new in ((keys, k), (values, v)):
-            cached.view(-1, cached.shape[-1]).index_copy_(0, self.places, new.reshape(-1, cached.shape[-1]))
-        bias = self.bias(window, q.dtype)
-        return softmax_attention(q.unsqueeze(2), keys[: self.size], values[: self.size], bias, scale, cap)[:, :, 0]
+        _, Hk, Dh = k.shape
+        for cached, new in zip(self.all[layer].unbind(), (k, v), strict=True):
+            cached.index_copy_(0, self.places, new.reshape(-1, Dh))
+        keys, values = self.seen[layer].unbind()
+        folded, keys, bias = q.reshape(len(keys), -1, Dh), keys.transpose(1, 2), self.bias(window, Hk, q.dtype)
+        if cap is None:
+            scores = torch.baddbmm(bias, folded, keys, alpha=scale)
+        else:
+            scores = torch.tanh((folded @ keys).mul_(scale / cap)).mul_(cap).add_(bias)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        return torch.bmm(weights, values).view(q.shape)
 
 
 def packs(config: Any) -> bool:

@@ -2,81 +2,134 @@
 
 A step of decoding does little arithmetic in many small calls, and at a small model the calls are what costs. This is the same
 forward (embedding, then norm, attention with rotary positions, norm and gated MLP, each added to the stream, then a norm) with
-rotations of queries and keys in one go, in-place sums and nothing that a layout makes superfluous. It reads the modules'
-parameters at every call, so updates in place need no word.
+rotations of queries and keys in one go by angles looked up, in-place sums and nothing that a layout makes superfluous. It holds
+the modules' parameters themselves, so updates in place need no word.
 
 Leaves out: gradients, adapters, experts and every architecture not in `LEAN`; these go through their own modules.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from tutelage.model.headers import stretches
+
 LEAN = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 LINEAR = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer's parameters, found once: asking modules for them at every step would cost as much as using them."""
+
+    number: int
+    before: Any
+    """norm, as weight and epsilon"""
+    q: Any
+    """linear maps, as weight and bias"""
+    k: Any
+    v: Any
+    q_norm: Any
+    """None where heads are not normed"""
+    k_norm: Any
+    o: Any
+    after: Any
+    gate: Any
+    up: Any
+    down: Any
+    width: int
+    """of a head"""
+    scale: float
+    window: int | None
 
 
 class LeanBody:
     """Tokens to last hidden states; see `of`."""
 
     def __init__(self, model: Any):
-        self.body, self.config = model.get_decoder(), model.config.get_text_config()
+        self.body = model.get_decoder()
+        self.embedding, self.last = self.body.embed_tokens.weight, _norm_of(self.body.norm)
+        self.layers = [_layer(i, layer, model.config.get_text_config()) for i, layer in enumerate(self.body.layers)]
+        self.turns = self._turns(0)
 
     @classmethod
     def of(cls, model: Any) -> LeanBody | None:
         """None where the model's layers are not what this computes."""
         config = model.config.get_text_config()
-        if config.model_type not in LEAN or config.hidden_act != "silu":
+        if config.model_type not in LEAN or config.hidden_act != "silu" or stretches(getattr(config, "rope_parameters", None)):
             return None
         layers = model.get_decoder().layers
         plain = all(type(layer.get_submodule(name)) is torch.nn.Linear for layer in layers for name in LINEAR)
         return cls(model) if plain else None
 
-    def __call__(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:
-        """ids and pos int [N] -> [N, D]. Only without gradients: sums are taken in place."""
-        stream = self.body.embed_tokens(ids)
-        cos, sin = (x[0, :, None] for x in self.body.rotary_emb(stream[None], pos[None]))  # [N, 1, Dh]
+    def __call__(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any, longest: int) -> torch.Tensor:
+        """ids and pos int [N], positions below ``longest`` -> [N, D]. Only without gradients: sums are taken in place."""
+        if longest > self.turns.shape[1]:
+            self.turns = self._turns(2 * longest)
+        stream = self.embedding.index_select(0, ids)
+        cos, sin = self.turns.index_select(1, pos).unsqueeze(2)  # [N, 1, Dh]
+        for layer in self.layers:
+            _add(stream, self._attention(layer, _norm(layer.before, stream), cos, sin, layout), layer.o)
+            x = _norm(layer.after, stream)
+            _add(stream, F.silu(F.linear(x, *layer.gate), inplace=True).mul_(F.linear(x, *layer.up)), layer.down)
+        return _norm(self.last, stream)
+
+    def _turns(self, length: int) -> torch.Tensor:
+        """Cosines and signed sines of so many positions [2, length, Dh]: what a head and the same head with its halves
+        swapped are multiplied by."""
+        like, pos = self.embedding[:1, None], torch.arange(length, device=self.embedding.device)
+        cos, sin = (x[0] for x in self.body.rotary_emb(like, pos[None]))
         half = sin.shape[-1] // 2
-        turn = cos, torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        for number, layer in enumerate(self.body.layers):
-            _add(
-                stream,
-                self._attention(number, layer, _norm(layer.input_layernorm, stream), turn, layout),
-                layer.self_attn.o_proj,
-            )
-            x, mlp = _norm(layer.post_attention_layernorm, stream), layer.mlp
-            _add(stream, F.silu(_linear(mlp.gate_proj, x), inplace=True).mul_(_linear(mlp.up_proj, x)), mlp.down_proj)
-        return _norm(self.body.norm, stream)
+        return torch.stack((cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))).detach()
 
-    def _attention(self, number: int, layer: Any, x: torch.Tensor, turn: Any, layout: Any) -> torch.Tensor:
+    def _attention(self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Any) -> torch.Tensor:
         """[N, D] -> what the heads say [N, H·Dh]"""
-        own, N = layer.self_attn, len(x)
-        q, k, v = (_linear(p, x).view(N, -1, own.head_dim) for p in (own.q_proj, own.k_proj, own.v_proj))
-        if self.config.model_type == "qwen3":
-            q, k = _norm(own.q_norm, q), _norm(own.k_norm, k)
-        H, (cos, sin) = q.shape[1], turn
-        both = torch.cat((q, k), 1)
-        turned = (both * cos).addcmul_(both.roll(both.shape[-1] // 2, -1), sin)
-        return layout.attend(number, turned[:, :H], turned[:, H:], v, own.scaling, self._window(own), None).reshape(N, -1)
-
-    def _window(self, attention: Any) -> int | None:
-        """As the architecture's own module tells the attention."""
-        of = {"mistral": self.config, "qwen2": attention, "qwen3": attention}.get(self.config.model_type)
-        return getattr(of, "sliding_window", None)
+        N = len(x)
+        q, k, v = (F.linear(x, *p).view(N, -1, layer.width) for p in (layer.q, layer.k, layer.v))
+        if layer.q_norm:
+            q, k = _norm(layer.q_norm, q), _norm(layer.k_norm, k)
+        H, both = q.shape[1], torch.cat((q, k), 1)
+        turned = (both * cos).addcmul_(both.roll(layer.width // 2, -1), sin)
+        return layout.attend(layer.number, turned[:, :H], turned[:, H:], v, layer.scale, layer.window, None).reshape(N, -1)
 
 
-def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, layer.weight, layer.bias)
+def _layer(number: int, layer: Any, config: Any) -> _Layer:
+    own, mlp = layer.self_attn, layer.mlp
+    of = {"mistral": config, "qwen2": own, "qwen3": own}.get(config.model_type)  # as the architecture's own module tells it
+    normed = config.model_type == "qwen3"
+    return _Layer(
+        number,
+        before=_norm_of(layer.input_layernorm),
+        **{x: _linear_of(getattr(own, f"{x}_proj")) for x in "qkvo"},
+        q_norm=_norm_of(own.q_norm) if normed else None,
+        k_norm=_norm_of(own.k_norm) if normed else None,
+        after=_norm_of(layer.post_attention_layernorm),
+        **{x: _linear_of(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")},
+        width=own.head_dim,
+        scale=own.scaling,
+        window=getattr(of, "sliding_window", None),
+    )
 
 
-def _norm(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, layer.weight.shape, layer.weight, layer.variance_epsilon)
+def _linear_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return layer.weight, layer.bias
 
 
-def _add(stream: torch.Tensor, x: torch.Tensor, layer: Any) -> None:
-    stream.addmm_(x, layer.weight.t())
-    if layer.bias is not None:
-        stream.add_(layer.bias)
+def _norm_of(layer: Any) -> tuple[torch.Tensor, float]:
+    return layer.weight, layer.variance_epsilon
+
+
+def _norm(norm: tuple[torch.Tensor, float], x: torch.Tensor) -> torch.Tensor:
+    weight, epsilon = norm
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+def _add(stream: torch.Tensor, x: torch.Tensor, linear: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+    weight, bias = linear
+    stream.addmm_(x, weight.t())
+    if bias is not None:
+        stream.add_(bias)

@@ -44,13 +44,15 @@ def kept(logp: torch.Tensor, top_p: torch.Tensor, top_k: torch.Tensor) -> torch.
 def draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """Log-probs [S, V] (-inf where not kept) and uniforms [S] of any device -> tokens int [S].
 
-    First a block of `BLOCK` tokens by its probability, then the token in it, both in fp64: no [S, V] of fp64 is made. Where the
-    device knows no fp64, the CPU does this.
+    Of more than `BLOCK` tokens first a block of so many by its probability, then the token in it, both in fp64: no
+    large [S, V] of fp64 is made. Where the device knows no fp64, the CPU does this.
     """
     where = "cpu" if logp.device.type in NO_FP64 else logp.device
     p, u, V = logp.to(where).exp(), u.to(where), logp.shape[1]
-    size = min(BLOCK, V)
-    whole = V // size * size
+    if V <= BLOCK:
+        inside = p.cumsum(-1, dtype=torch.float64)
+        return _inverse(inside, u[:, None] * inside[:, -1:])[:, 0].to(logp.device)
+    size, whole = BLOCK, V // BLOCK * BLOCK
     parts = [p[:, :whole].unflatten(1, (-1, size)), p[:, None, whole:]]
     sums = torch.cat([x.sum(-1, dtype=torch.float64) for x in parts if x.numel()], 1)  # [S, blocks], the last may be short
     edges = sums.cumsum(-1)
@@ -59,5 +61,10 @@ def draw(logp: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     index = block * size + torch.arange(size, device=where)
     inside = p.gather(1, index.clamp(max=V - 1)).double().masked_fill_(index >= V, 0.0).cumsum(-1)
     rest = (target - (edges - sums).gather(1, block)).clamp_(min=0.0)
-    rest = torch.minimum(rest, torch.nextafter(inside[:, -1:], torch.zeros_like(rest)))  # rounding never leaves the block
-    return (block * size + torch.searchsorted(inside, rest, right=True))[:, 0].to(logp.device)
+    return (block * size + _inverse(inside, rest))[:, 0].to(logp.device)
+
+
+def _inverse(edges: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Cumulative sums [S, n] and targets [S, 1] -> the first place whose sum is beyond, [S, 1]; rounding never leaves them."""
+    inside = torch.minimum(target, torch.nextafter(edges[:, -1:], torch.zeros_like(target)))
+    return torch.searchsorted(edges, inside, right=True)

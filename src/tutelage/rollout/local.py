@@ -24,20 +24,8 @@ from tutelage.model.head import Head
 from tutelage.model.lean import LeanBody
 from tutelage.model.padded import Decoding, is_packed, lines_up
 from tutelage.rollout.base import Completion, Request
-from tutelage.rollout.draw import draw, kept, uniforms
-
-
-class _Slot:
-    """A sequence being drawn."""
-
-    __slots__ = ("future", "kept", "logp", "request", "sets", "tokens")
-
-    def __init__(self, request: Request, future: Future[Completion]):
-        self.request, self.future = request, future
-        self.tokens: list[int] = []
-        self.logp: list[float] = []
-        self.kept: list[float] = []
-        self.sets: list[np.ndarray] = []
+from tutelage.rollout.draw import draw, kept
+from tutelage.rollout.slots import Slots, Ticket, moves, order_after
 
 
 class LocalEngine:
@@ -51,14 +39,15 @@ class LocalEngine:
         wanted = getattr(torch, dtype) if dtype else model.dtype
         self.source = model
         self.model = model if wanted == model.dtype else _copy(model, wanted)
-        self.tokenizer, self.slots, self.version = tokenizer, slots, 0
+        self.tokenizer, self.slots = tokenizer, slots
         self.vocab = len(tokenizer)  # padded rows can never be drawn
-        self.lean = LeanBody.of(self.model)
         self.sampled = self.prefilled = 0
-        self._waiting: deque[_Slot] = deque()
-        self._running: list[_Slot] = []
+        self._waiting: deque[Ticket] = deque()
+        self._running = Slots(slots)
+        self._at = torch.zeros(2, slots, dtype=torch.long, device=model.device)  # each slot's last token, and its position
         self._cache: Cache | None = None
         self._lock = threading.Lock()
+        self._read(0)
 
     # --- the protocol ---
 
@@ -66,10 +55,10 @@ class LocalEngine:
         """Queues a request. Raises ValueError for an empty prompt."""
         if not request.tokens:
             raise ValueError("a request needs at least one prompt token")
-        slot = _Slot(request, Future())
+        ticket = Ticket(request)
         with self._lock:
-            self._waiting.append(slot)
-        return slot.future
+            self._waiting.append(ticket)
+        return ticket.future
 
     def load(self, weights: Any, version: int) -> None:
         """Takes new weights (a state dict; None when the shared model was updated in place). Only when drained."""
@@ -79,32 +68,38 @@ class LocalEngine:
             self.model.load_state_dict(weights)
         elif self.model is not self.source:
             self.model.load_state_dict(self.source.state_dict())
-        self.lean, self.version = LeanBody.of(self.model), version
+        self._read(version)
 
     @torch.inference_mode()
     def pump(self) -> bool:
         """Refills free slots, then decodes one token everywhere. False when idle."""
         self._refill()
         if self._running:
-            self._decode()
+            S = len(self._running)
+            self._append(slice(0, S), self._step(self._at[0, :S]))
             self._retire()
         return bool(self._running or self._waiting)
 
     # --- the work ---
+
+    @torch.no_grad()
+    def _read(self, version: int) -> None:
+        self.lean, self.head, self.version = LeanBody.of(self.model), Head.of(self.model, self.vocab), version
 
     def _refill(self) -> None:
         fresh = self._admit()
         if not fresh:
             return
         prompts: dict[tuple[int, ...], int] = {}
-        source = [prompts.setdefault(s.request.tokens, len(prompts)) for s in fresh]
+        source = [prompts.setdefault(t.request.tokens, len(prompts)) for t in fresh]
         hidden = self._prefill(list(prompts), source)
-        self.prefilled += sum(len(s.request.tokens) for s in fresh)  # as if nothing were shared: costs are algorithmic
-        self._running += fresh
-        self._append(fresh, hidden)
+        self.prefilled += sum(len(t.request.tokens) for t in fresh)  # as if nothing were shared: costs are algorithmic
+        rows = self._running.add(fresh)
+        self._at[1, rows] = torch.tensor([len(t.request.tokens) - 1 for t in fresh], device=self._at.device)
+        self._append(rows, hidden)
         self._retire()
 
-    def _admit(self) -> list[_Slot]:
+    def _admit(self) -> list[Ticket]:
         """Waiting requests, once an eighth of the slots is free (or nothing runs): prefills are best in company."""
         free = self.slots - len(self._running)
         if not self._waiting or (self._running and free < max(1, self.slots // 8)):
@@ -118,93 +113,71 @@ class LocalEngine:
         lengths = torch.tensor([len(p) for p in prompts], device=device)
         first = len(self._running)
         slots = torch.arange(first, first + len(source), device=device)
-        cache = self._room(max(map(len, prompts)))
+        longest = max(map(len, prompts))
+        cache = self._room(longest)
         layout = Prefill(lengths, cache, slots, torch.tensor(source, device=device))
         ids = torch.tensor([t for p in prompts for t in p], device=device)
         pos = torch.cat([torch.arange(len(p), device=device) for p in prompts])
-        return self._forward(ids, pos, layout)[lengths.cumsum(0) - 1][source]
+        return self._forward(ids, pos, layout, longest)[lengths.cumsum(0) - 1][source]
 
-    def _decode(self) -> None:
-        self._append(self._running, self._step([s.tokens[-1] for s in self._running]))
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last token of each running slot, int [S] -> hidden states [S, D]."""
+        pos, longest = self._at[1, : len(ids)], self._running.longest
+        return self._forward(ids, pos, Decode(self._room(longest), pos, longest), longest)
 
-    def _step(self, tokens: list[int]) -> torch.Tensor:
-        """The last token of each running slot -> hidden states [S, D]."""
-        device = self.model.device
-        ids = torch.tensor(tokens, device=device)
-        places = [len(s.request.tokens) + len(s.tokens) - 1 for s in self._running]
-        pos = torch.tensor(places, device=device)
-        cache = self._room(max(places) + 1)
-        return self._forward(ids, pos, Decode(cache, pos))
-
-    def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any, longest: int) -> torch.Tensor:
         if self.lean:
-            return self.lean(ids, pos, layout)
+            return self.lean(ids, pos, layout, longest)
         body = self.model.get_decoder()
         out = body(input_ids=ids[None], position_ids=pos[None], use_cache=False, layout=layout)
         return out.last_hidden_state[0]
 
-    def _append(self, slots: list[_Slot], hidden: torch.Tensor) -> None:
-        """Draws one token for each slot from hidden states [S, D]."""
-        logits = Head.of(self.model, self.vocab)(hidden)
-        how = [s.request.sampling for s in slots]
-        if any(h.scored_at != 1 for h in how):
-            logits = logits / torch.tensor([h.scored_at for h in how], device=logits.device)[:, None]
+    def _append(self, rows: slice, hidden: torch.Tensor) -> None:
+        """Draws one token for each of some slots from hidden states [S, D]."""
+        logits, state = self.head(hidden), self._running
+        temperature = state.temperature[rows]
+        if (state.scored_at[rows] != 1).any():
+            logits = logits / torch.from_numpy(state.scored_at[rows]).to(logits.device)[:, None]
         logp = torch.log_softmax(logits, -1)
         allowed = logp
-        if any(h.top_k or h.top_p < 1 for h in how):
-            top_p = torch.tensor([h.top_p for h in how], device=logits.device)
-            keep = kept(logp, top_p, torch.tensor([h.top_k for h in how], device=logits.device))
+        if state.top_k[rows].any() or (state.top_p[rows] < 1).any():
+            top_p, top_k = (torch.from_numpy(x[rows]).to(logits.device) for x in (state.top_p, state.top_k))
+            keep = kept(logp, top_p, top_k)
             allowed = torch.log_softmax(logp.masked_fill(~keep, -torch.inf), -1)
-            for slot, row in zip(slots, keep, strict=True):
-                if slot.request.sets:
-                    slot.sets.append(row.nonzero()[:, 0].cpu().numpy().astype(np.int32))
-        greedy = [h.temperature == 0 for h in how]
-        if all(greedy):
+            for i, ticket in enumerate(state.tickets[rows]):
+                if ticket.request.sets:
+                    ticket.sets.append(keep[i].nonzero()[:, 0].cpu().numpy().astype(np.int32))
+        if (temperature == 0).all():
             token = logits.argmax(-1)
         else:
-            seeds = np.array([s.request.seed for s in slots], dtype=np.uint64)
-            u = uniforms(seeds, np.array([len(s.tokens) for s in slots]))
-            token = draw(allowed, torch.from_numpy(u))
-            if any(greedy):
-                token = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(-1), token)
-        full = logp.gather(1, token[:, None])[:, 0].tolist()
-        part = full if allowed is logp else allowed.gather(1, token[:, None])[:, 0].tolist()
-        for slot, t, a, b in zip(slots, token.tolist(), full, part, strict=True):
-            slot.tokens.append(t)
-            slot.logp.append(a)
-            slot.kept.append(b)
-        self.sampled += len(slots)
+            token = draw(allowed, torch.from_numpy(state.uniforms(rows)))
+            if (temperature == 0).any():
+                greedy = torch.from_numpy(temperature == 0).to(logits.device)
+                token = torch.where(greedy, logits.argmax(-1), token)
+        full = logp.gather(1, token[:, None])[:, 0]
+        part = full if allowed is logp else allowed.gather(1, token[:, None])[:, 0]
+        state.put(rows, torch.stack((token.float(), full, part)).cpu().numpy())
+        self._at[0, rows] = token
+        self._at[1, rows] += 1
+        self.sampled += len(token)
 
     def _retire(self) -> None:
         """Answers finished requests and moves the rest to the front of the cache."""
-        stay = []
-        for i, slot in enumerate(self._running):
-            why = self._finished(slot)
-            if why:
-                done = (np.array(slot.tokens), np.array(slot.logp, np.float32), np.array(slot.kept, np.float32))
-                extras = {"kept": slot.sets} if slot.sets else {}
-                slot.future.set_result(Completion(*done, stop=why, version=self.version, extras=extras))
-            else:
-                stay.append(i)
-        if len(stay) < len(self._running):
-            self._keep(stay)
-            self._running = [self._running[i] for i in _order_after(stay)]
+        stopped = self._running.stopped(self.tokenizer)
+        over = stopped | self._running.full()
+        if not over.any():
+            return
+        for row in np.flatnonzero(over).tolist():
+            self._running.answer(row, "stop" if stopped[row] else "length", self.version)
+        order = order_after(np.flatnonzero(~over).tolist())
+        self._running.keep(order)
+        self._at[:, : len(order)] = self._at[:, torch.tensor(order, dtype=torch.long, device=self._at.device)]
+        self._keep(order)
 
-    def _keep(self, stay: list[int]) -> None:
-        moved = _compaction(stay)
-        if moved is not None and self._cache is not None:
-            self._cache.move(*moved)
-
-    def _finished(self, slot: _Slot) -> str:
-        request = slot.request
-        if slot.tokens[-1] in request.stop_tokens:
-            return "stop"
-        if request.sampling.stop:
-            longest = max(map(len, request.sampling.stop))
-            tail = self.tokenizer.decode(slot.tokens[-longest - 4 :], skip_special_tokens=True)
-            if any(s in tail for s in request.sampling.stop):
-                return "stop"
-        return "length" if len(slot.tokens) >= request.sampling.max_new_tokens else ""
+    def _keep(self, order: list[int]) -> None:
+        to, source = moves(order)
+        if to and self._cache is not None:
+            self._cache.move(to, source)
 
     def _room(self, length: int) -> Cache:
         """The cache, at least so long. It grows as sequences do: short rows stay close together in memory."""
@@ -223,7 +196,7 @@ class PaddedEngine(LocalEngine):
 
     _decoding: Decoding
 
-    def _admit(self) -> list[_Slot]:
+    def _admit(self) -> list[Ticket]:
         if self._running or not self._waiting:
             return []
         with self._lock:
@@ -242,12 +215,12 @@ class PaddedEngine(LocalEngine):
             self._decoding.take(source)
         return hidden[source]
 
-    def _step(self, tokens: list[int]) -> torch.Tensor:
-        return self._decoding.step(torch.tensor(tokens, device=self.model.device))
+    def _step(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._decoding.step(ids)
 
-    def _keep(self, stay: list[int]) -> None:
-        if stay:
-            self._decoding.take(_order_after(stay))
+    def _keep(self, order: list[int]) -> None:
+        if order:
+            self._decoding.take(order)
         else:
             del self._decoding  # its memory, before the next batch takes more
 
@@ -256,24 +229,6 @@ def local_engine(model: Any, tokenizer: Any, slots: int = 256, dtype: str | None
     """The engine for a loaded model."""
     kind = LocalEngine if is_packed(model) else PaddedEngine
     return kind(model, tokenizer, slots, dtype)
-
-
-def _order_after(stay: list[int]) -> list[int]:
-    """Which old slot lies in each new one: survivors already in front stay, those behind fill the holes.
-
-    >>> _order_after([0, 2, 3])
-    [0, 3, 2]
-    """
-    n = len(stay)
-    behind = [i for i in stay if i >= n]
-    front = {i for i in stay if i < n}
-    return [i if i in front else behind.pop() for i in range(n)]
-
-
-def _compaction(stay: list[int]) -> tuple[list[int], list[int]] | None:
-    """(new slots, old slots) of the survivors that have to move, or None."""
-    pairs = [(new, old) for new, old in enumerate(_order_after(stay)) if new != old]
-    return ([p[0] for p in pairs], [p[1] for p in pairs]) if pairs else None
 
 
 def _copy(model: Any, dtype: torch.dtype) -> Any:
