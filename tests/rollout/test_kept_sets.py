@@ -30,7 +30,8 @@ def test_kept_sets_are_those_of_a_full_forward():
     for s in samples:
         found = s.signals["kept"].values
         with torch.no_grad():
-            logp = learner.output(learner.batch([s]))._logprobs(learner.output(learner.batch([s])).hidden)
+            out = learner.output(learner.batch([s]))
+            logp = out.head(out.hidden).log_softmax(-1)
         expected = kept(logp, torch.full((len(logp),), 0.7), torch.full((len(logp),), 9))
         assert [sorted(row[row >= 0].tolist()) for row in found] == [row.nonzero()[:, 0].tolist() for row in expected]
         for token, row, value in zip(s.tokens[s.trained], found, s.signals["kept_logp"].values, strict=True):
