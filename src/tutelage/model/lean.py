@@ -2,8 +2,8 @@
 
 A step of decoding does little arithmetic in many small calls, and at a small model the calls are what costs. This is the same
 forward (embedding, then norm, attention with rotary positions, norm and gated MLP, each added to the stream, then a norm) with
-rotations of queries and keys in one go by angles looked up, in-place sums and nothing that a layout makes superfluous. It holds
-the modules' parameters themselves, so updates in place need no word.
+rotations of queries and keys in one go by angles looked up, in-place sums and nothing that a layout makes superfluous. It reads
+the modules' parameters at every call, so updates in place need no word.
 
 Leaves out: gradients, adapters, experts and every architecture not in `LEAN`; these go through their own modules.
 """
@@ -24,13 +24,11 @@ LINEAR = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("g
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """A layer's parameters, found once: asking modules for them at every step would cost as much as using them."""
+    """A layer's parts, found once: asking for them by name at every step would cost as much as some of them do."""
 
     number: int
     before: Any
-    """norm, as weight and epsilon"""
     q: Any
-    """linear maps, as weight and bias"""
     k: Any
     v: Any
     q_norm: Any
@@ -52,7 +50,6 @@ class LeanBody:
 
     def __init__(self, model: Any):
         self.body = model.get_decoder()
-        self.embedding, self.last = self.body.embed_tokens.weight, _norm_of(self.body.norm)
         self.layers = [_layer(i, layer, model.config.get_text_config()) for i, layer in enumerate(self.body.layers)]
         self.turns = self._turns(0)
 
@@ -70,18 +67,19 @@ class LeanBody:
         """ids and pos int [N], positions below ``longest`` -> [N, D]. Only without gradients: sums are taken in place."""
         if longest > self.turns.shape[1]:
             self.turns = self._turns(2 * longest)
-        stream = self.embedding.index_select(0, ids)
+        stream = self.body.embed_tokens.weight.index_select(0, ids)
         cos, sin = self.turns.index_select(1, pos).unsqueeze(2)  # [N, 1, Dh]
         for layer in self.layers:
             _add(stream, self._attention(layer, _norm(layer.before, stream), cos, sin, layout), layer.o)
             x = _norm(layer.after, stream)
-            _add(stream, F.silu(F.linear(x, *layer.gate), inplace=True).mul_(F.linear(x, *layer.up)), layer.down)
-        return _norm(self.last, stream)
+            _add(stream, F.silu(_linear(layer.gate, x), inplace=True).mul_(_linear(layer.up, x)), layer.down)
+        return _norm(self.body.norm, stream)
 
     def _turns(self, length: int) -> torch.Tensor:
         """Cosines and signed sines of so many positions [2, length, Dh]: what a head and the same head with its halves
         swapped are multiplied by."""
-        like, pos = self.embedding[:1, None], torch.arange(length, device=self.embedding.device)
+        weight = self.body.embed_tokens.weight.detach()  # tells dtype and device
+        like, pos = weight[:1, None], torch.arange(length, device=weight.device)
         cos, sin = (x[0] for x in self.body.rotary_emb(like, pos[None]))
         half = sin.shape[-1] // 2
         return torch.stack((cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))).detach()
@@ -89,8 +87,8 @@ class LeanBody:
     def _attention(self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Any) -> torch.Tensor:
         """[N, D] -> what the heads say [N, H·Dh]"""
         N = len(x)
-        q, k, v = (F.linear(x, *p).view(N, -1, layer.width) for p in (layer.q, layer.k, layer.v))
-        if layer.q_norm:
+        q, k, v = (_linear(p, x).view(N, -1, layer.width) for p in (layer.q, layer.k, layer.v))
+        if layer.q_norm is not None:
             q, k = _norm(layer.q_norm, q), _norm(layer.k_norm, k)
         H, both = q.shape[1], torch.cat((q, k), 1)
         turned = (both * cos).addcmul_(both.roll(layer.width // 2, -1), sin)
@@ -103,33 +101,28 @@ def _layer(number: int, layer: Any, config: Any) -> _Layer:
     normed = config.model_type == "qwen3"
     return _Layer(
         number,
-        before=_norm_of(layer.input_layernorm),
-        **{x: _linear_of(getattr(own, f"{x}_proj")) for x in "qkvo"},
-        q_norm=_norm_of(own.q_norm) if normed else None,
-        k_norm=_norm_of(own.k_norm) if normed else None,
-        after=_norm_of(layer.post_attention_layernorm),
-        **{x: _linear_of(getattr(mlp, f"{x}_proj")) for x in ("gate", "up", "down")},
+        before=layer.input_layernorm,
+        **{x: getattr(own, f"{x}_proj") for x in "qkvo"},
+        q_norm=own.q_norm if normed else None,
+        k_norm=own.k_norm if normed else None,
+        after=layer.post_attention_layernorm,
+        **{x: getattr(mlp, f"{x}_proj") for x in ("gate", "up", "down")},
         width=own.head_dim,
         scale=own.scaling,
         window=getattr(of, "sliding_window", None),
     )
 
 
-def _linear_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return layer.weight, layer.bias
+def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, layer.weight, layer.bias)
 
 
-def _norm_of(layer: Any) -> tuple[torch.Tensor, float]:
-    return layer.weight, layer.variance_epsilon
+def _norm(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    weight = layer.weight
+    return F.rms_norm(x, weight.shape, weight, layer.variance_epsilon)
 
 
-def _norm(norm: tuple[torch.Tensor, float], x: torch.Tensor) -> torch.Tensor:
-    weight, epsilon = norm
-    return F.rms_norm(x, weight.shape, weight, epsilon)
-
-
-def _add(stream: torch.Tensor, x: torch.Tensor, linear: tuple[torch.Tensor, torch.Tensor | None]) -> None:
-    weight, bias = linear
-    stream.addmm_(x, weight.t())
-    if bias is not None:
-        stream.add_(bias)
+def _add(stream: torch.Tensor, x: torch.Tensor, layer: Any) -> None:
+    stream.addmm_(x, layer.weight.t())
+    if layer.bias is not None:
+        stream.add_(layer.bias)

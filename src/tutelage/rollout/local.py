@@ -41,13 +41,13 @@ class LocalEngine:
         self.model = model if wanted == model.dtype else _copy(model, wanted)
         self.tokenizer, self.slots = tokenizer, slots
         self.vocab = len(tokenizer)  # padded rows can never be drawn
+        self.lean, self.version = LeanBody.of(self.model), 0
         self.sampled = self.prefilled = 0
         self._waiting: deque[Ticket] = deque()
         self._running = Slots(slots)
         self._at = torch.zeros(2, slots, dtype=torch.long, device=model.device)  # each slot's last token, and its position
         self._cache: Cache | None = None
         self._lock = threading.Lock()
-        self._read(0)
 
     # --- the protocol ---
 
@@ -68,7 +68,7 @@ class LocalEngine:
             self.model.load_state_dict(weights)
         elif self.model is not self.source:
             self.model.load_state_dict(self.source.state_dict())
-        self._read(version)
+        self.lean, self.version = LeanBody.of(self.model), version
 
     @torch.inference_mode()
     def pump(self) -> bool:
@@ -81,10 +81,6 @@ class LocalEngine:
         return bool(self._running or self._waiting)
 
     # --- the work ---
-
-    @torch.no_grad()
-    def _read(self, version: int) -> None:
-        self.lean, self.head, self.version = LeanBody.of(self.model), Head.of(self.model, self.vocab), version
 
     def _refill(self) -> None:
         fresh = self._admit()
@@ -134,7 +130,7 @@ class LocalEngine:
 
     def _append(self, rows: slice, hidden: torch.Tensor) -> None:
         """Draws one token for each of some slots from hidden states [S, D]."""
-        logits, state = self.head(hidden), self._running
+        logits, state = Head.of(self.model, self.vocab)(hidden), self._running
         temperature = state.temperature[rows]
         if (state.scored_at[rows] != 1).any():
             logits = logits / torch.from_numpy(state.scored_at[rows]).to(logits.device)[:, None]
