@@ -350,7 +350,7 @@ class Loop:
         tokens = sum(int(s.mask.sum()) for s in drawn)
         metrics["tokens_per_s"] = tokens / (time.monotonic() - began)
         if stage.staged:
-            metrics["teacher_stage"] = float(self.turn["stage"])
+            metrics["teacher_stage"] = float(min(self.turn["stage"], max(map(len, self.turns.values())) - 1))
             self.turn = stage.staged.switch.after(self.turn, step + 1, metrics)
         if stage.temperature:
             metrics["temperature"] = self.driver.sampling.scored_at

@@ -17,8 +17,8 @@ from tutelage.stages.staged import AtKL, AtSteps, Staged, Switch
 QUARTERS = (0.25, 0.5, 0.75)
 STEPS = 100
 """of each student"""
-CLOSE = 0.01
-"""nats a token at which the KL hands over"""
+CLOSE = 0.15
+"""nats a token at which the KL hands over; a stage begins at 0.2 to 0.5"""
 
 
 def staged(seed: int = 0) -> Goals:
