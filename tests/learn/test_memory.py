@@ -13,14 +13,14 @@ STATED = 20 * 4 * max(CHUNK, V) + (4 * KEEP if M * V <= KEEP else 0) + 3 * 4 * V
 MEASURE = """
 import importlib, resource, sys
 import torch
-from tutelage.learn.heap import map_big_buffers
+from tutelage.learn.heap import settle_heap
 from tutelage.learn.output import PackedOutput
 from tutelage.model.head import Head
 from tutelage.types import Batch
 
 module, name, V, D, M = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 loss = getattr(importlib.import_module(f"tutelage.losses.{module}"), name)()
-map_big_buffers()
+settle_heap()
 torch.set_num_threads(1)
 n = torch.arange(M)
 student, teacher = Head(torch.randn(V, D).requires_grad_()), Head(torch.randn(V, D))

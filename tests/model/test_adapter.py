@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -97,7 +98,7 @@ def test_packed_log_probs_with_an_adapter_equal_the_stock_forward(name):
     plain = Learner(model).score(samples, 1.0, "logp")
     LoRA(rank=4).attach(model, seed=0)
     for was, signal in zip(plain, Learner(model).score(samples, 1.0, "logp"), strict=True):
-        assert (was.values == signal.values).all()  # B is zero
+        np.testing.assert_allclose(was.values, signal.values, rtol=1e-5, atol=1e-6)  # B is zero
     mine = Learner(shaken(model, 1)).score(samples, 1.0, "logp")
     model.set_attn_implementation("eager")
     for sample, was, signal in zip(samples, plain, mine, strict=True):

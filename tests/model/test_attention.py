@@ -43,7 +43,11 @@ def test_packed_rows_equal_each_row_alone(name, plain_up_to, monkeypatch):
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_packed_gradients_equal_each_row_alone(name):
+@pytest.mark.parametrize(("plain_up_to", "cut"), [(256, 96), (256, 4), (4, 96)])
+def test_packed_gradients_equal_each_row_alone(name, plain_up_to, cut, monkeypatch):
+    monkeypatch.setattr(attention, "PLAIN_UP_TO", plain_up_to)
+    monkeypatch.setattr(attention, "CUT", cut)
+    monkeypatch.setattr(attention, "CLASS", 8)  # so that there are several
     model, rows = tiny.model(name), ids_of(LENGTHS)
     weight = torch.randn(sum(LENGTHS), model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     grads = []

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from tutelage.learn.batch import collate, counts, pack, split
-from tutelage.learn.heap import map_big_buffers
+from tutelage.learn.heap import settle_heap
 from tutelage.learn.optim import AdamW, Muon
 from tutelage.learn.output import PackedOutput
 from tutelage.learn.remote import FILE as REMOTE
@@ -51,7 +51,7 @@ class Learner:
         dtype: str = "float32",
         vocab: int | None = None,
     ):
-        map_big_buffers()
+        settle_heap()
         self.model, self.clip, self.micro_tokens, self.vocab = model, clip, micro_tokens, vocab
         self.autocast = torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16")
         self.optimizers = optimizer.build(model) if optimizer else []

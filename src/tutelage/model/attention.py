@@ -7,9 +7,9 @@ the output head never touch a padding token. Only attention needs to know whose 
 - `Prefill`  the same, and the keys and values are written into cache slots, one prompt into the slots of its whole group
 - `Decode`   one new token for each of the first S slots of the cache
 
-Rows of like lengths form a class, so that none is padded far. Short rows use plain batched matmuls (on CPU their backward
-beats the fused kernel, more so in bf16); long rows use PyTorch's scaled-dot-product attention, whose memory does not grow with
-the square of the length.
+Rows of like lengths form a class, so that none is padded far. Short rows, cut into pieces, use plain batched matmuls with a
+backward of their own (on CPU that beats the fused kernel, more so in bf16); long rows use PyTorch's scaled-dot-product
+attention, whose memory does not grow with the square of the length.
 
 Leaves out: layers that carry state along the sequence without attention (linear attention, convolutions): packing would
 let one row leak into the next, so all but the architectures declared in `PACKED` go the other way (padded.py).
@@ -23,13 +23,16 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from tutelage.model.headers import PACKED, stretches
 
 NAME = "tutelage_packed"
 PLAIN_UP_TO = 256
 """Longest row for which scores are held whole."""
-CLASS = 1 << 14
+CUT = 96
+"""Most queries of a piece of such a row on a processor: what only its later pieces see is not computed for the earlier."""
+CLASS = 1 << 12
 """Scores of padding (of one head) that cost about as much as computing a class of rows apart."""
 
 
@@ -118,7 +121,7 @@ class Rows:
     """Sequences of the given lengths, packed one after another. A row may go on where another ends: a prompt then lies in
     the pack once, however many replies it has.
 
-    Attention is computed in classes of rows of like lengths, padded to the longest of their class.
+    Attention is computed in classes of pieces of rows with like numbers of queries and keys, padded to the most of their class.
     """
 
     def __init__(self, lengths: torch.Tensor, after: torch.Tensor | None = None):
@@ -127,44 +130,101 @@ class Rows:
         own = lengths.cpu().numpy()
         stem = np.full(len(own), -1) if after is None else after.cpu().numpy()
         starts, before = own.cumsum() - own, np.where(stem >= 0, own[stem], 0)
+        cut = CUT if self.device.type == "cpu" else PLAIN_UP_TO  # elsewhere calls cost more than scores
+        many = np.where(own + before > PLAIN_UP_TO, 1, -(-own // cut))
+        row = np.repeat(np.arange(len(own)), many)
+        most = -(-own // many)[row]
+        begin = (np.arange(len(row)) - np.repeat(many.cumsum() - many, many)) * most  # of a piece in its row
+        size = np.minimum(most, own[row] - begin)
+        gone = before[row] + begin
         self.classes: list[_Class] = []
-        queries, keys, unpad, at = [], [], np.empty(own.sum(), np.int64), 0
-        for rows in _alike(own, before):
-            made = _Class(own[rows], before[rows], self.device)
-            i, j, gone = np.arange(made.shape[1]), np.arange(made.shape[2]), before[rows, None]
-            inside = i < own[rows, None]
-            q = np.where(inside, starts[rows, None] + i, 0)  # padding borrows token 0: nothing looks at it
-            k = np.where(j < gone, starts[stem[rows], None], starts[rows, None] - gone) + j
-            queries.append(q.ravel())
-            keys.append(np.where(j < gone + own[rows, None], k, 0).ravel())
-            unpad[q[inside]] = at + np.flatnonzero(inside)
-            at += q.size
+        queries, keys = [], []
+        for some in _alike(size, gone):
+            made = _Class(size[some], gone[some], self.device)
+            r, i, j = row[some, None], np.arange(made.shape[1]), np.arange(made.shape[2])
+            queries.append(np.where(i < size[some, None], (starts[row] + begin)[some, None] + i, -1))
+            k = np.where(j < before[r], starts[stem[r]], starts[r] - before[r]) + j
+            keys.append(np.where(j < (gone + size)[some, None], k, -1))
             self.classes.append(made)
-        self.sizes = [len(q) for q in queries], [len(k) for k in keys]
-        N = len(unpad)
-        self.queries, self.keys = (self._index(np.concatenate(x), N) for x in (queries, keys))
-        self.unpad = self._index(unpad, at)
+        self._tokens = queries, keys
+        self._places: dict[tuple[int, int], tuple[_Places, _Places]] = {}
 
-    def _index(self, index: np.ndarray, size: int) -> torch.Tensor | None:
-        """None where it would change nothing of so many."""
-        same = len(index) == size and np.array_equal(index, np.arange(size))
-        return None if same else torch.from_numpy(index).to(self.device)
+    def places(self, heads: int, shared: int) -> tuple[_Places, _Places]:
+        """Of the queries and of the keys, for so many heads that share so many key heads."""
+        if (heads, shared) not in self._places:
+            queries = _Places(self._tokens[0], shared, heads // shared, self.device)
+            self._places[heads, shared] = queries, _Places(self._tokens[1], shared, 1, self.device)
+        return self._places[heads, shared]
 
     def attend(self, layer, q, k, v, scale, window, cap):
-        parts = [
-            x.split(sizes)
-            for x, sizes in (
-                (_take(q, self.queries), self.sizes[0]),
-                (_take(k, self.keys), self.sizes[1]),
-                (_take(v, self.keys), self.sizes[1]),
-            )
-        ]
-        mixed = [c.mix(*x, scale, window, cap) for c, *x in zip(self.classes, *parts, strict=True)]
-        return _take(mixed[0] if len(mixed) == 1 else torch.cat(mixed), self.unpad)
+        kind = q.device.type
+        if torch.is_autocast_enabled(kind):
+            q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+        return _Mix.apply(self, (scale, window, cap), q, k, v)
 
 
-def _take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    return x if index is None else x.index_select(0, index)
+class _Places:
+    """Where packed tokens lie for batched matmuls, class by class: [N, Hk·G, Dh] as [B, Hk, L·G, Dh] of each class in turn. A
+    token may lie in several places; padding (-1) borrows token 0: nothing looks at it."""
+
+    def __init__(self, tokens: list[np.ndarray], shared: int, group: int, device: Any):
+        """tokens: int [B, L] of each class"""
+        head = np.arange(shared)[:, None, None] * group + np.arange(group)  # [Hk, 1, G]
+        index = np.concatenate(
+            [np.where(t < 0, -1, t * (shared * group) + head).ravel() for t in (t[:, None, :, None] for t in tokens)]
+        )
+        there = np.flatnonzero(index >= 0)
+        back = np.empty(index.max() + 1, np.int64)
+        back[index[there]] = there
+        self.heads, self.sizes = shared * group, [t.size * shared * group for t in tokens]
+        self.index, self.back = (torch.from_numpy(x).to(device) for x in (index.clip(0), back))
+        self.once = len(back) == len(there)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, Hk·G, Dh] -> [Σ B·Hk·L·G, Dh]"""
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.index)
+
+    def spread_once(self, x: torch.Tensor) -> torch.Tensor:
+        """The same where each token lies in one place, with zeros for padding."""
+        return x.new_zeros(len(self.index), x.shape[-1]).index_copy_(0, self.back, x.reshape(-1, x.shape[-1]))
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """[Σ B·Hk·L·G, Dh] -> the sums [N, Hk·G, Dh]"""
+        if self.once:
+            rows = x.index_select(0, self.back)
+        else:
+            rows = x.new_zeros(len(self.back), x.shape[-1]).index_add_(0, self.index, x)
+        return rows.view(-1, self.heads, x.shape[-1])
+
+
+class _Mix(torch.autograd.Function):
+    """Attention in classes: q [N, H, Dh], k and v [N, Hk, Dh] -> [N, H, Dh]. Back by hand: what autograd keeps and copies
+    between the classes costs as much as their matmuls."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Rows, how: Any, q: Any, k: Any, v: Any) -> Any:
+        (scale, window, cap), (of_q, of_k) = how, rows.places(q.shape[1], k.shape[1])
+        q, k, v = of_q.spread(q).mul_(scale), of_k.spread(k), of_k.spread(v)
+        out, wanted = torch.empty_like(q), any(ctx.needs_input_grad)
+        parts = zip(*(x.split(p.sizes) for x, p in ((q, of_q), (k, of_k), (v, of_k), (out, of_q))), strict=True)
+        kept = [c.mix(x, window, cap, wanted) for c, x in zip(rows.classes, parts, strict=True)]
+        if wanted:
+            ctx.rows, ctx.scale, ctx.places = rows, scale, (of_q, of_k)
+            ctx.graphs = [None if isinstance(x, torch.Tensor) else x for x in kept]
+            ctx.save_for_backward(q, k, v, *(x if isinstance(x, torch.Tensor) else None for x in kept))
+        return of_q.gather(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Any) -> Any:
+        (q, k, v, *kept), (of_q, of_k) = ctx.saved_tensors, ctx.places
+        grads = [torch.empty_like(x) for x in (q, k, v)]
+        whole = zip((q, k, v, of_q.spread_once(grad), *grads), (of_q, of_k, of_k, of_q, of_q, of_k, of_k), strict=True)
+        parts = zip(*(x.split(p.sizes) for x, p in whole), strict=True)
+        for c, weights, graph, x in zip(ctx.rows.classes, kept, ctx.graphs, parts, strict=True):
+            c.back(weights, graph, *x)
+        (dq, dk, dv), ctx.graphs = grads, []
+        return None, None, of_q.gather(dq).mul_(ctx.scale), of_k.gather(dk), of_k.gather(dv)
 
 
 def _alike(own: np.ndarray, before: np.ndarray) -> list[np.ndarray]:
@@ -200,17 +260,51 @@ class _Class:
             self.biases[window] = hidden_from(self.gone[:, None, None, None] + i[:, None] - j, window, dtype)
         return self.biases[window]
 
-    def mix(self, q, k, v, scale, window, cap):
-        """Causal attention within rows: q [B·Q, H, Dh], k and v [B·L, Hk, Dh] -> [B·Q, H, Dh]"""
+    def mix(self, tensors, window, cap, wanted):
+        """Causal attention within rows: q [B·Hk·Q·G, Dh], already scaled, k and v [B·Hk·L, Dh], into out. Gives what `back`
+        takes: the weights [B·Hk, Q·G, L], or of what is left to autograd the output and the inputs."""
         B, Q, L = self.shape
-        q, k, v = (x.view(B, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        if L <= PLAIN_UP_TO or cap is not None:
-            out = softmax_attention(q, k, v, self.bias(window, q.dtype), scale, cap)
+        q, k, v, out = tensors
+        if L > PLAIN_UP_TO or cap is not None:
+            with torch.set_grad_enabled(wanted):
+                leaves = q, k, v = [x.detach().requires_grad_(wanted) for x in (q, k, v)]
+                mixed = self._fused(q, k, v, window, cap)
+            out.view(mixed.shape).copy_(mixed.detach())
+            return mixed, leaves
+        q, k, v, out = (x.view(len(k) // L, -1, x.shape[-1]) for x in (q, k, v, out))
+        scores = q @ k.transpose(1, 2)
+        scores.view(B, -1, Q, scores.shape[1] // Q, L).add_(self.bias(window, q.dtype).unsqueeze(3))
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+        torch.bmm(weights, v, out=out)
+        return weights
+
+    def _fused(self, q, k, v, window, cap):
+        """[B, Hk, Q, G, Dh]"""
+        B, Q, L = self.shape
+        k, v = (x.view(B, -1, L, x.shape[-1]) for x in (k, v))
+        shape = *k.shape[:2], Q, -1, q.shape[-1]
+        q = q.view(shape).transpose(2, 3).flatten(1, 2)
+        if cap is not None:
+            out = softmax_attention(q, k, v, self.bias(window, q.dtype), 1.0, cap)
         else:
             plain = self.causal and (window is None or window >= L)
             gqa, mask = q.shape[1] != k.shape[1], None if plain else self.bias(window, q.dtype)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=scale, enable_gqa=gqa)
-        return out.transpose(1, 2).reshape(B * Q, *out.shape[1:2], out.shape[3])
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=plain, scale=1.0, enable_gqa=gqa)
+        return out.view(*shape[:2], -1, Q, shape[-1]).transpose(2, 3)
+
+    def back(self, weights, graph, q, k, v, grad, dq, dk, dv):
+        """Writes the gradients; that of q is by what was scaled."""
+        if graph is not None:
+            mixed, leaves = graph
+            for d, made in zip((dq, dk, dv), torch.autograd.grad(mixed, leaves, grad.view(mixed.shape)), strict=True):
+                d.copy_(made)
+            return
+        q, k, v, grad, dq, dk, dv = (x.view(len(weights), -1, x.shape[-1]) for x in (q, k, v, grad, dq, dk, dv))
+        torch.bmm(weights.transpose(1, 2), grad, out=dv)
+        inner = (grad @ v.transpose(1, 2)).float()
+        inner = torch._softmax_backward_data(inner, weights.float(), -1, torch.float32).to(q.dtype)
+        torch.bmm(inner, k, out=dq)
+        torch.bmm(inner.transpose(1, 2), q, out=dk)
 
 
 class Cache:

@@ -5,7 +5,8 @@ forward (embedding, then norm, attention with rotary positions, norm and gated M
 rotations of queries and keys in one go by angles looked up, in-place sums and nothing that a layout makes superfluous. It reads
 the modules' parameters at every call, so updates in place need no word.
 
-Leaves out: gradients, adapters, experts and every architecture not in `LEAN`; these go through their own modules.
+Leaves out: gradients (model/body.py has them); adapters, experts and every architecture not in `LEAN`, which go through their
+own modules.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LINEAR = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("g
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """A layer's parts, found once: asking for them by name at every step would cost as much as some of them do."""
 
     number: int
@@ -45,23 +46,32 @@ class _Layer:
     window: int | None
 
 
+def plain(model: Any, idle: bool = False) -> bool:
+    """Whether the model's layers are what this computes; ``idle``: they are where no adapter is active just now."""
+    config = model.config.get_text_config()
+    if config.model_type not in LEAN or config.hidden_act != "silu" or stretches(getattr(config, "rope_parameters", None)):
+        return False
+    linear = (layer.get_submodule(name) for layer in model.get_decoder().layers for name in LINEAR)
+    return all(type(_base(x) if idle else x) is torch.nn.Linear for x in linear)
+
+
+def _base(layer: Any) -> Any:
+    """What a layer is while no adapter of it takes part, whose weight and bias it has as its own; else itself."""
+    return layer if getattr(layer, "active_adapters", True) else layer.base_layer
+
+
 class LeanBody:
     """Tokens to last hidden states; see `of`."""
 
     def __init__(self, model: Any):
         self.body = model.get_decoder()
-        self.layers = [_layer(i, layer, model.config.get_text_config()) for i, layer in enumerate(self.body.layers)]
+        self.layers = [layer_of(i, layer, model.config.get_text_config()) for i, layer in enumerate(self.body.layers)]
         self.turns = self._turns(0)
 
     @classmethod
     def of(cls, model: Any) -> LeanBody | None:
         """None where the model's layers are not what this computes."""
-        config = model.config.get_text_config()
-        if config.model_type not in LEAN or config.hidden_act != "silu" or stretches(getattr(config, "rope_parameters", None)):
-            return None
-        layers = model.get_decoder().layers
-        plain = all(type(layer.get_submodule(name)) is torch.nn.Linear for layer in layers for name in LINEAR)
-        return cls(model) if plain else None
+        return cls(model) if plain(model) else None
 
     def __call__(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any, longest: int) -> torch.Tensor:
         """ids and pos int [N], positions below ``longest`` -> [N, D]. Only without gradients: sums are taken in place."""
@@ -84,7 +94,7 @@ class LeanBody:
         half = sin.shape[-1] // 2
         return torch.stack((cos, torch.cat((-sin[:, :half], sin[:, half:]), -1))).detach()
 
-    def _attention(self, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Any) -> torch.Tensor:
+    def _attention(self, layer: Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, layout: Any) -> torch.Tensor:
         """[N, D] -> what the heads say [N, H·Dh]"""
         N = len(x)
         q, k, v = (_linear(p, x).view(N, -1, layer.width) for p in (layer.q, layer.k, layer.v))
@@ -95,11 +105,11 @@ class LeanBody:
         return layout.attend(layer.number, turned[:, :H], turned[:, H:], v, layer.scale, layer.window, None).reshape(N, -1)
 
 
-def _layer(number: int, layer: Any, config: Any) -> _Layer:
+def layer_of(number: int, layer: Any, config: Any) -> Layer:
     own, mlp = layer.self_attn, layer.mlp
     of = {"mistral": config, "qwen2": own, "qwen3": own}.get(config.model_type)  # as the architecture's own module tells it
     normed = config.model_type == "qwen3"
-    return _Layer(
+    return Layer(
         number,
         before=layer.input_layernorm,
         **{x: getattr(own, f"{x}_proj") for x in "qkvo"},

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from tutelage.model.attention import NAME, Grid, Rows, packs, register
+from tutelage.model.body import lean_states
 from tutelage.model.head import Head
 from tutelage.model.headers import PACKED, PADDED, stretches
 from tutelage.spec import UserError
@@ -57,6 +58,8 @@ def row_states(
     models that pack take rows that go on where others end, ``after`` int [R] (`Rows`)."""
     if is_packed(model):
         rows = Rows(lengths, after)
+        if (states := lean_states(model, tokens, pos, rows)) is not None:
+            return states
         out = model.get_decoder()(input_ids=tokens[None], position_ids=pos[None], use_cache=False, layout=rows)
         return out.last_hidden_state[0]
     grid = Grid(lengths)

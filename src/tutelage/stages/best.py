@@ -32,7 +32,7 @@ class Best(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "chooses"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     candidates: dict[str, At] = Field(min_length=1)
     """label of the trial -> its policy"""

@@ -43,7 +43,7 @@ class Codistill(Stage):
 
     verb: ClassVar[str] = "trains specialists and their student"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     student: Online
     """Without teachers for the domains of the branches; others may have one that stays as it is."""

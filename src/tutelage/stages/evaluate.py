@@ -80,7 +80,7 @@ class Evaluate(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"scores": "scores"}
     verb: ClassVar[str] = "scores"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: At
     tasks: At

@@ -56,7 +56,7 @@ class Fit(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"policy": "model"}
     verb: ClassVar[str] = "trains"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: At
     data: At

@@ -63,7 +63,7 @@ class Online(Stage):
     """Signals that are there before the credit rules."""
     verb: ClassVar[str] = "trains on its own samples"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
 
     model: At
     tasks: At

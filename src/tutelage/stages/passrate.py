@@ -41,7 +41,7 @@ class PassRate(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"tasks": "data"}
     verb: ClassVar[str] = "measures"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     model: At
     tasks: At

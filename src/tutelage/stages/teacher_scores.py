@@ -37,7 +37,7 @@ class TeacherScores(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"data": "data"}
     verb: ClassVar[str] = "scores"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     teacher: At
     data: At

@@ -41,7 +41,7 @@ class Traces(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"traces": "data"}
     verb: ClassVar[str] = "samples"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     policies: dict[str, At] = Field(min_length=1)
     """domain -> who answers its tasks"""
