@@ -60,6 +60,8 @@ def perform(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if (made := func.decompose(*args, **kwargs)) is not NotImplemented:  # without gradients even composed operations come here
         return made
     check(func, args, kwargs)
+    if func is ATEN._conj.default:  # a view with a mark that the operations below would not see
+        return Pretend(torch.conj_physical(args[0].raw))
     device = kwargs.get("device")
     leaves = func in COPIES and func is ATEN._to_copy.default and device is not None and torch.device(device).type != NAME
     plain_args, plain = pytree.tree_map(_raw, (args, kwargs))

@@ -24,7 +24,8 @@ def both_gradients(out, hidden, head, other, weights):
     """Of a sum that reads picked log-probs, and a divergence of some tokens, every token with a weight of its own."""
     some = torch.tensor([4, 0, 6])
     found = out.reduce_vocab(lambda s, t: with_entropy(reverse_kl(s, t), s), some, other[some])
-    total = (weights * out.logp).sum() + (weights[some] * found[:, 0]).sum()
+    alone = out.reduce_vocab(lambda s: s[:, :3].logsumexp(-1), some)  # one column
+    total = (weights * out.logp).sum() + (weights[some] * (found[:, 0] + alone)).sum()
     leaves = [x for x in (hidden, head.weight, head.bias) if x is not None]
     return found.detach(), total.detach(), torch.autograd.grad(total, leaves)
 

@@ -124,7 +124,8 @@ class _ByRow(torch.autograd.Function):
         pieces, (_, to_hidden, to_weight, to_bias, *_) = ctx.pieces, ctx.needs_input_grad
         kept, pieces.kept = pieces.kept, []
         states, by_weight, by_bias = [], None, None
-        for upstream, h, *more in zip(*(x.split(pieces.rows) for x in (grad[:, :1], hidden, *extras)), strict=True):
+        first = grad.reshape(len(hidden), -1)[:, :1]  # values are [M] or [M, c]
+        for upstream, h, *more in zip(*(x.split(pieces.rows) for x in (first, hidden, *extras)), strict=True):
             made = kept.pop(0) if kept else pieces(True, h, *more)[1]
             d = made.mul_(upstream).to(weight.dtype)
             if to_hidden:
