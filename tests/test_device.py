@@ -65,6 +65,14 @@ LOW = LoRA(rank=2, alpha=8)
 TASTE = SingleTurn(verifier=Taste())
 
 
+@pytest.fixture(autouse=True)
+def swapped():
+    """What `accelerator.register` sets for good is set back: other tests' models would not load under it."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request):
     if request.param == accelerator.NAME:
