@@ -1,6 +1,6 @@
 """Memory of PyTorch on a processor: big buffers outside the C library's heap, and a heap that keeps what was freed.
 
-A chunk of logits (learner.py) is some 16 MB, made and freed many times between small things that stay. glibc serves such
+A chunk of logits (output.py) is some 16 MB, made and freed many times between small things that stay. glibc serves such
 sizes from its heap once it has seen one freed, and aligned requests, PyTorch's all are, do not fit the holes that their like
 left: the heap grew by several whole [M, V] where a few chunks are alive at once. Mapped on their own they go back when they
 are freed, for the price of fresh pages. Of all that is smaller, activations above all, glibc gives the end of the heap back as

@@ -72,21 +72,16 @@ def _attention(
     return out.unsqueeze(0), None
 
 
-def softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, cap: float | None
-) -> torch.Tensor:
-    """q [B, H, Q, Dh], k, v [B, Hk, L, Dh], bias broadcastable to [B, 1, Q, L] (`hidden_from`) -> [B, H, Q, Dh].
+def capped_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, cap: float) -> torch.Tensor:
+    """q [B, H, Q, Dh], already scaled, k, v [B, Hk, L, Dh], bias broadcastable to [B, 1, Q, L] (`hidden_from`)
+    -> [B, H, Q, Dh].
 
     Query heads that share a key head are folded into the query axis, so keys are never repeated.
     """
     B, H, Q, Dh = q.shape
     Hk = k.shape[1]
-    folded = (q * scale).reshape(B, Hk, H // Hk * Q, Dh)
-    scores = folded @ k.transpose(-1, -2)
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    if bias is not None:
-        scores.view(B, Hk, H // Hk, Q, -1).add_(bias.unsqueeze(2))
+    scores = torch.tanh(q.reshape(B, Hk, H // Hk * Q, Dh) @ k.transpose(-1, -2) / cap) * cap
+    scores.view(B, Hk, H // Hk, Q, -1).add_(bias.unsqueeze(2))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     return (weights @ v).view(B, H, Q, Dh)
 
@@ -285,7 +280,7 @@ class _Class:
         shape = *k.shape[:2], Q, -1, q.shape[-1]
         q = q.view(shape).transpose(2, 3).flatten(1, 2)
         if cap is not None:
-            out = softmax_attention(q, k, v, self.bias(window, q.dtype), 1.0, cap)
+            out = capped_attention(q, k, v, self.bias(window, q.dtype), cap)
         else:
             plain = self.causal and (window is None or window >= L)
             gqa, mask = q.shape[1] != k.shape[1], None if plain else self.bias(window, q.dtype)
