@@ -48,7 +48,9 @@ clean: ## remove the environment and caches, never the store
 
 # --- the environment ---------------------------------------------------------------------------------------------------
 # PyTorch first and alone, so that nothing else decides which build of it comes. A TORCH given by hand that is not the one
-# installed is installed again, and a changed pyproject.toml too.
+# installed is installed again, and a changed pyproject.toml or compiled step too.
+
+BUILT := pyproject.toml src/tutelage/model/decode.c
 
 ifneq ($(origin TORCH),file)
 ifneq ($(strip $(TORCH)),$(strip $(shell cat $(VENV)/.torch 2>/dev/null)))
@@ -66,10 +68,10 @@ $(VENV)/.torch: | $(VENV)/bin/python
 	$(PIP) $(TORCH)
 	@echo '$(strip $(TORCH))' > $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch $(BUILT)
 	$(PIP) --editable .
 	@touch $@
 
-$(VENV)/.developed: $(VENV)/.torch pyproject.toml
+$(VENV)/.developed: $(VENV)/.torch $(BUILT)
 	$(PIP) --editable '.[dev]'
 	@touch $(VENV)/.installed $@

@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -253,13 +254,18 @@ class Worker:
             "started": began,
             "finished": time.time(),
             "host": socket.gethostname(),
-            "versions": {"python": platform.python_version(), **{p: of(p) for p in LIBRARIES}},
+            "versions": {"python": platform.python_version(), **{p: of(p) for p in LIBRARIES}, "decoding": decoding()},
             "code": self.code,
             "threads": stage.threads,
             "device": self.device.name if stage.on_device else "cpu",
             "marks": marks(stage),
             **({"seed": seed} if seed is not None else {}),
         }
+
+
+def decoding() -> str:
+    """Whether the step that draws was built with the package (model/native.py): another order of sums, other last digits."""
+    return "compiled" if find_spec("tutelage.model._decode") else "by modules"
 
 
 def import_torch() -> None:

@@ -6,10 +6,12 @@ that log-probs are computed only where the mask is true.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Fields by which architectures scale their logits (Cohere's, Falcon H1's, Granite's), and the power they stand in."""
@@ -46,9 +48,10 @@ class Head:
     def vocab(self) -> int:
         return self.weight.shape[0]
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, linear: Callable[..., torch.Tensor] = F.linear) -> torch.Tensor:
+        """``linear``: what multiplies."""
         narrow = hidden if hidden.shape[1] == self.width else hidden[:, : self.width]
-        logits = torch.nn.functional.linear(narrow.to(self.weight.dtype), self.weight, self.bias).float()
+        logits = linear(narrow.to(self.weight.dtype), self.weight, self.bias).float()
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -75,15 +75,19 @@ class LeanBody:
 
     def __call__(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any, longest: int) -> torch.Tensor:
         """ids and pos int [N], positions below ``longest`` -> [N, D]. Only without gradients: sums are taken in place."""
-        if longest > self.turns.shape[1]:
-            self.turns = self._turns(2 * longest)
         stream = self.body.embed_tokens.weight.index_select(0, ids)
-        cos, sin = self.turns.index_select(1, pos).unsqueeze(2)  # [N, 1, Dh]
+        cos, sin = self.angles(longest).index_select(1, pos).unsqueeze(2)  # [N, 1, Dh]
         for layer in self.layers:
             _add(stream, self._attention(layer, _norm(layer.before, stream), cos, sin, layout), layer.o)
             x = _norm(layer.after, stream)
             _add(stream, F.silu(_linear(layer.gate, x), inplace=True).mul_(_linear(layer.up, x)), layer.down)
         return _norm(self.body.norm, stream)
+
+    def angles(self, longest: int) -> torch.Tensor:
+        """Of at least so many positions; see `_turns`."""
+        if longest > self.turns.shape[1]:
+            self.turns = self._turns(2 * longest)
+        return self.turns
 
     def _turns(self, length: int) -> torch.Tensor:
         """Cosines and signed sines of so many positions [2, length, Dh]: what a head and the same head with its halves

@@ -22,6 +22,7 @@ import torch
 from tutelage.model.attention import Cache, Decode, Prefill
 from tutelage.model.head import Head
 from tutelage.model.lean import LeanBody
+from tutelage.model.native import NativeBody, linear
 from tutelage.model.padded import Decoding, is_packed, lines_up
 from tutelage.rollout.base import Completion, Request
 from tutelage.rollout.draw import draw, kept
@@ -41,7 +42,7 @@ class LocalEngine:
         self.model = model if wanted == model.dtype else _copy(model, wanted)
         self.tokenizer, self.slots = tokenizer, slots
         self.vocab = len(tokenizer)  # padded rows can never be drawn
-        self.lean, self.version = LeanBody.of(self.model), 0
+        self._look(0)
         self.sampled = self.prefilled = 0
         self._waiting: deque[Ticket] = deque()
         self._running = Slots(slots)
@@ -68,7 +69,7 @@ class LocalEngine:
             self.model.load_state_dict(weights)
         elif self.model is not self.source:
             self.model.load_state_dict(self.source.state_dict())
-        self.lean, self.version = LeanBody.of(self.model), version
+        self._look(version)
 
     @torch.inference_mode()
     def pump(self) -> bool:
@@ -81,6 +82,11 @@ class LocalEngine:
         return bool(self._running or self._waiting)
 
     # --- the work ---
+
+    def _look(self, version: int) -> None:
+        """Finds the model's parts."""
+        self.lean, self.version = LeanBody.of(self.model), version
+        self.native = NativeBody.of(self.lean)
 
     def _refill(self) -> None:
         fresh = self._admit()
@@ -119,6 +125,8 @@ class LocalEngine:
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
         """The last token of each running slot, int [S] -> hidden states [S, D]."""
         pos, longest = self._at[1, : len(ids)], self._running.longest
+        if self.native:
+            return self.native(ids, pos, self._room(longest), longest)
         return self._forward(ids, pos, Decode(self._room(longest), pos, longest), longest)
 
     def _forward(self, ids: torch.Tensor, pos: torch.Tensor, layout: Any, longest: int) -> torch.Tensor:
@@ -130,7 +138,7 @@ class LocalEngine:
 
     def _append(self, rows: slice, hidden: torch.Tensor) -> None:
         """Draws one token for each of some slots from hidden states [S, D]."""
-        logits, state = Head.of(self.model, self.vocab)(hidden), self._running
+        logits, state = Head.of(self.model, self.vocab)(hidden, linear), self._running
         temperature = state.temperature[rows]
         if (state.scored_at[rows] != 1).any():
             logits = logits / torch.from_numpy(state.scored_at[rows]).to(logits.device)[:, None]
