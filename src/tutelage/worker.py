@@ -26,7 +26,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -263,9 +262,13 @@ class Worker:
         }
 
 
-def decoding() -> str:
-    """Whether the step that draws was built with the package (model/native.py): another order of sums, other last digits."""
-    return "compiled" if find_spec("tutelage.model._decode") else "by modules"
+def decoding() -> str | None:
+    """Whether the step that draws was built with the package: another order of sums, other last digits. None without models."""
+    if "torch" not in sys.modules:
+        return None
+    from tutelage.model.native import library
+
+    return "compiled" if library() else "by modules"
 
 
 def import_torch() -> None:

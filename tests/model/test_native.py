@@ -1,6 +1,9 @@
 """The compiled step of decoding against the body in PyTorch that it stands in for, and its products against PyTorch's."""
 
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ built = pytest.mark.skipif(native.library() is None, reason="the package was bui
 WIDE = {
     **MODELS,
     "odd widths": {
-        "hidden_size": 44,
+        "hidden_size": 42,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 24,
@@ -43,7 +46,14 @@ def both(model, slots, length):
     return NativeBody.of(lean), lean, *caches
 
 
-@pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("cc")), reason="no C compiler")
+def compiler():
+    """GCC's version on Linux, elsewhere 0."""
+    if sys.platform != "linux" or not shutil.which("gcc"):
+        return 0
+    return int(subprocess.run(["gcc", "-dumpversion"], capture_output=True, text=True, check=True).stdout.split(".")[0])
+
+
+@pytest.mark.skipif(compiler() < 12, reason="no compiler that is known to do")
 def test_the_package_is_built_with_it_where_a_compiler_is():
     assert native.library() is not None
 
@@ -90,6 +100,46 @@ def test_it_reads_weights_that_were_updated_in_place():
 
 
 @built
+@torch.inference_mode()
+def test_threads_do_not_change_a_bit(monkeypatch):
+    def out(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        step, _, cache, _ = both(tiny.model(intermediate_size=88), 5, 8)
+        return step(torch.arange(5, 9), torch.arange(4), cache, 8)
+
+    one = out(1)
+    assert all(torch.equal(out(n), one) for n in (2, 3, 5))
+
+
+@built
+@pytest.mark.parametrize("part", ["q_proj", "k_proj", "v_proj"])
+@torch.inference_mode()
+def test_what_is_not_a_number_stays_so(part):
+    model = made("llama")
+    getattr(model.get_decoder().layers[0].self_attn, part).weight[0, 0] = torch.nan
+    step, _, cache, _ = both(model, 2, 8)
+    assert step(torch.tensor([7, 9]), torch.tensor([3, 5]), cache, 8).isnan().all()
+
+
+@built
+@torch.inference_mode()
+def test_scores_all_far_below_zero():
+    model = made("llama")
+    model.get_decoder().layers[0].self_attn.q_proj.weight.mul_(100)
+    step, lean, a, b = both(model, 8, 8)
+    ids, pos = torch.arange(5, 13), torch.tensor([0, 0, 0, 0, 1, 1, 1, 2])
+    torch.testing.assert_close(step(ids, pos, a, 8), lean(ids, pos, Decode(b, pos, 8), 8), atol=1e-3, rtol=1e-4)
+
+
+@built
+@torch.inference_mode()
+def test_the_models_epsilon_and_strided_int32_inputs():
+    step, lean, a, b = both(tiny.model(rms_norm_eps=0.1), 3, 8)
+    ids, pos = (torch.tensor(x, dtype=torch.int32).T[0] for x in ([[7, 1], [9, 2]], [[3, 1], [5, 2]]))
+    torch.testing.assert_close(step(ids, pos, a, 8), lean(ids, pos.long(), Decode(b, pos.long(), 8), 8), atol=1e-5, rtol=1e-5)
+
+
+@built
 def test_large_scores_and_gates_stay_finite():
     model = made("llama")
     step, lean, a, b = both(model, 3, 40)
@@ -103,7 +153,7 @@ def test_large_scores_and_gates_stay_finite():
 
 @built
 @pytest.mark.parametrize(
-    ("rows", "width", "columns"), [(1, 8, 4), (4, 96, 64), (5, 27, 31), (50, 64, 3), (53, 100, 67), (257, 8, 8)]
+    ("rows", "width", "columns"), [(1, 8, 4), (4, 96, 64), (5, 27, 31), (50, 64, 3), (53, 100, 67), (250, 8, 8), (257, 8, 8)]
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_products_are_pytorchs(rows, width, columns, biased):
@@ -138,9 +188,35 @@ def test_what_it_does_not_compute_goes_the_other_way():
     assert NativeBody.of(None) is None
     assert NativeBody.of(LeanBody.of(tiny.model().bfloat16())) is None
     assert NativeBody.of(LeanBody.of(tiny.model(head_dim=4))) is None  # no whole vectors
+    for part in ("embed_tokens", "norm"):
+        model = tiny.model()
+        lean = LeanBody.of(model)
+        getattr(model.model, part).bfloat16()
+        assert NativeBody.of(lean) is None
     adapted = tiny.model()
     LoRA(rank=2).attach(adapted, 0)
     assert NativeBody.of(LeanBody.of(adapted)) is None
+
+
+def test_strided_products_are_pytorchs():
+    x, w = torch.randn(3, 16), torch.randn(16, 16)
+    for a, b in ((x[:, :8], w[:, :8].contiguous()), (x[:, :8].contiguous(), w[:, :8])):
+        torch.testing.assert_close(linear(a, b), torch.nn.functional.linear(a, b))
+    with pytest.raises(RuntimeError):
+        linear(x, w[:, :8].contiguous())
+
+
+@pytest.mark.parametrize("what", ["not a library", "of another version"])
+def test_what_cannot_be_used_is_not(what, monkeypatch, tmp_path):
+    if what == "not a library":
+        (tmp_path / "it.so").write_text("no")
+        monkeypatch.setattr(native, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "it.so")))
+    else:
+        monkeypatch.setattr(native, "PARTS", native.PARTS[1:])
+    native.library.cache_clear()
+    assert native.library() is None
+    monkeypatch.undo()
+    native.library.cache_clear()
 
 
 def test_without_a_library_products_are_pytorchs(monkeypatch):

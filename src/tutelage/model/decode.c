@@ -37,6 +37,8 @@ typedef struct {
   float eps, scale;
 } Shape;
 
+const long tutelage_sizes[] = {sizeof(Shape), PARTS}; /* what native.py must agree with */
+
 enum { ROWS = 48 };
 /* of activations that pass by a piece of the weights: few enough for a core's cache */
 
@@ -67,7 +69,7 @@ INLINE v8 exp8(v8 x) { /* within 2e-7 relative, for |x| <= 87 */
 }
 
 INLINE v8 larger(v8 a, v8 b) {
-  i8 first = a > b;
+  i8 first = ~(a <= b); /* what is not a number stays */
   return (v8)(((i8)a & first) | ((i8)b & ~first));
 }
 
@@ -127,11 +129,14 @@ KERNEL void linear_part(const float *w, const float *bias, const float *x, long 
     }
 }
 
+static long begin(long n, long me, long of) { /* of a thread's part, whole vectors but for the last one's */
+  return me == of ? n : n / 8 * me / of * 8;
+}
+
 static void linear(const float *w, const float *bias, const float *x, long M, long n, int add, float *y, long N, long me, long of) {
   /* this thread's columns of y [M, N] */
-  long quads = N / 4, from = quads * me / of * 4, to = me == of - 1 ? N : quads * (me + 1) / of * 4;
   for (long m = 0; m < M; m += ROWS)
-    linear_part(w, bias, x + m * n, M - m < ROWS ? M - m : ROWS, n, add, y + m * N, N, from, to);
+    linear_part(w, bias, x + m * n, M - m < ROWS ? M - m : ROWS, n, add, y + m * N, N, begin(N, me, of), begin(N, me + 1, of));
 }
 
 /* --- the rest of a layer --- */
@@ -254,7 +259,7 @@ static void barrier(void) {
 
 static void layer(const Shape *s, const float *const *w, Between b, float *cache, long window, const long *pos, const float *turns,
                   float *stream, float *own, long me, long of) {
-  long M = s->rows, D = s->width, Hq = s->heads * s->head, Hk = s->shared * s->head, quads = s->inner / 4;
+  long M = s->rows, D = s->width, Hq = s->heads * s->head, Hk = s->shared * s->head, F = s->inner;
   normed(s, w[BEFORE], stream, own);
   linear(w[Q], w[BQ], own, M, D, 0, b.q, Hq, me, of);
   linear(w[K], w[BK], own, M, D, 0, b.k, Hk, me, of);
@@ -265,14 +270,11 @@ static void layer(const Shape *s, const float *const *w, Between b, float *cache
   linear(w[O], w[BO], b.mixed, M, Hq, 1, stream, D, me, of);
   barrier();
   normed(s, w[AFTER], stream, own);
-  linear(w[GATE], w[BGATE], own, M, D, 0, b.gate, s->inner, me, of);
-  linear(w[UP], w[BUP], own, M, D, 0, b.up, s->inner, me, of);
-  for (long m = 0; m < M; m++) {
-    long at = m * s->inner;
-    gated(b.gate, b.up, at + quads * me / of * 4, at + (me == of - 1 ? s->inner : quads * (me + 1) / of * 4));
-  }
+  linear(w[GATE], w[BGATE], own, M, D, 0, b.gate, F, me, of);
+  linear(w[UP], w[BUP], own, M, D, 0, b.up, F, me, of);
+  for (long m = 0; m < M; m++) gated(b.gate, b.up, m * F + begin(F, me, of), m * F + begin(F, me + 1, of));
   barrier();
-  linear(w[DOWN], w[BDOWN], b.gate, M, s->inner, 1, stream, D, me, of);
+  linear(w[DOWN], w[BDOWN], b.gate, M, F, 1, stream, D, me, of);
   barrier();
 }
 

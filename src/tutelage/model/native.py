@@ -1,7 +1,7 @@
 """The compiled step of decoding (decode.c): found, told the model's shape, and called.
 
 It is built with the package where there is a C compiler, and used for fp32 on a processor. Everywhere else lean.py does the
-same. Reads the modules' parameters at every call, so updates in place need no word.
+same. Reads the parameters it found at first at every call, so updates in place need no word; others in their stead do.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ class Shape(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """None where the package was built without it."""
+    """None where the package was built without it, for another machine, or of another version."""
     found = find_spec("tutelage.model._decode")
     if found is None or found.origin is None:
         return None
     try:
         made = ctypes.CDLL(found.origin)
-    except OSError:  # built for another machine
+        sizes = (ctypes.c_long * 2).in_dll(made, "tutelage_sizes")
+    except (OSError, ValueError):
+        return None
+    if list(sizes) != [ctypes.sizeof(Shape), len(PARTS)]:
         return None
     many = ctypes.c_long
     made.tutelage_step.argtypes = [ctypes.POINTER(Shape), *[ctypes.c_void_p] * 9]
@@ -78,8 +81,8 @@ class NativeBody:
         if lean is None or found is None or lean.layers[0].width % 8:
             return None
         made = cls(lean, found.tutelage_step)
-        weights = [x for x in made.parameters if x is not None]
-        return made if all(_fits(x) for x in [*weights, lean.body.embed_tokens.weight]) else None
+        fixed = (lean.body.embed_tokens.weight, lean.body.norm.weight)
+        return made if _fit(*fixed, *made.parameters) else None
 
     def __call__(self, ids: torch.Tensor, pos: torch.Tensor, cache: Any, longest: int) -> torch.Tensor:
         """ids and pos int [S] of the slots 0..S-1, positions below ``longest`` -> [S, D]. Writes the cache."""
@@ -88,7 +91,7 @@ class NativeBody:
         shape.rows, shape.turns, shape.threads = len(ids), turns.shape[1], torch.get_num_threads()
         weights = np.array([0 if x is None else x.data_ptr() for x in self.parameters], np.uintp)
         stream = turns.new_empty(len(ids), shape.width)
-        inputs = [cache.both, ids.contiguous(), pos.contiguous()]
+        inputs = [cache.both, ids.long().contiguous(), pos.long().contiguous()]
         inputs += [self.lean.body.embed_tokens.weight, turns, self.lean.body.norm.weight, stream]
         pointers = [weights.ctypes.data, self.windows.ctypes.data, *(x.data_ptr() for x in inputs)]
         if self.step(shape, *pointers):
@@ -97,9 +100,9 @@ class NativeBody:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear` of few rows, for generation: [m, n] -> [m, N]."""
+    """`torch.nn.functional.linear` of few rows, for generation: [m, n] -> [m, N], without gradients."""
     found = library()
-    if found is None or len(x) > FEW or not (_fits(weight) and _fits(x)):
+    if found is None or len(x) > FEW or x.shape[1:] != weight.shape[1:] or not _fit(x, weight, bias):
         return torch.nn.functional.linear(x, weight, bias)
     y = x.new_empty(len(x), len(weight))
     inputs = [weight.data_ptr(), 0 if bias is None else bias.data_ptr(), x.data_ptr(), y.data_ptr()]
@@ -112,5 +115,5 @@ def _part(layer: Any, name: str) -> torch.Tensor | None:
     return None if module is None else module.bias if name.endswith(".bias") else module.weight
 
 
-def _fits(x: torch.Tensor) -> bool:
-    return x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()
+def _fit(*tensors: torch.Tensor | None) -> bool:
+    return all(x is None or (x.dtype is torch.float32 and x.device.type == "cpu" and x.is_contiguous()) for x in tensors)
