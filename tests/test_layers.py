@@ -61,7 +61,7 @@ MAY_IMPORT = {
     "estimate": {"spec", "graph", "store", "index", "device"},
     "explain": {"spec", "graph", "store", "index"},
     "card": {"spec", "store", "ancestry", "estimate"},
-    "worker": {"device", "explain", "spec", "files", "locks", "graph", "store", "context", "card", "upkeep"},
+    "worker": {"device", "explain", "spec", "files", "locks", "graph", "store", "context", "card", "upkeep", "model"},
     "run": {"spec", "graph", "store", "estimate", "locks", "device"},
     "progress": {"graph", "estimate"},
     "catalog": {"spec", "graph"},
