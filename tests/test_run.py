@@ -229,7 +229,8 @@ def test_an_artifact_says_what_made_it(store):
     assert meta["facts"] == {"sum": json.loads(models(store, goals)["left/policy"])["sum"]}
     assert meta["record"] == record(goals)["stages"]["left"]
     assert meta["started"] <= meta["finished"]
-    assert set(meta["versions"]) == {"python", "torch", "transformers", "peft", "reasoning-gym", "math-verify", "tutelage"}
+    libraries = {"python", "torch", "transformers", "peft", "reasoning-gym", "math-verify", "tutelage"}
+    assert set(meta["versions"]) == {*libraries, "decoding"}
     assert meta["threads"] == 1
     assert meta["code"]
     assert "seed" not in meta
