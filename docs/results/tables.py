@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import predict
 from tutelage.report import compare, data, methods_show, stats
+from tutelage.report.read import load
 from tutelage.spec import UserError, suggest
 from tutelage.store import Store
 
@@ -42,7 +44,22 @@ def collect(store: Store, run: str, baseline: str) -> dict[str, Any]:
     head = {k: found[k] for k in ("run", "recipe", "arguments", "seeds", "seconds")}
     cost = {n: {"flops": c["flops"], "tokens": c["tokens"]} for n, c in found["cost"]["by_stage"].items()}
     told = {"methods": found["methods"]} if found["methods"] else {}
+    if measured := diagnosed(store, run):
+        told |= {"diagnoses": measured, "predicted": predict.predictors(store, run)}
     return {**head, "baseline": baseline, "scores": found["scores"], "paired": pairs, "ends": ends, "cost": cost, **told}
+
+
+def diagnosed(store: Store, run: str) -> dict[str, Any]:
+    """stage -> domain -> number -> seed -> mean over tokens; ``verdict`` among the numbers."""
+    found: dict[str, Any] = {}
+    for each in load(store, run).replicates:
+        for stage, key in each.keys.items():
+            told = (store.meta(key).get("facts") or {}).get("diagnosis") if store.has(key) else None
+            for one in told["teachers"] if told else ():
+                numbers = {name: at["mean"] for name, at in one["numbers"].items()} | {"verdict": one["verdict"]["level"]}
+                for name, value in numbers.items():
+                    found.setdefault(stage, {}).setdefault(one["domain"], {}).setdefault(name, {})[str(each.seed)] = value
+    return found
 
 
 def accuracy(of: dict[str, Any]) -> str:
@@ -110,6 +127,26 @@ def methods(of: dict[str, Any]) -> str:
             rest = [percent(scored.get(d, {}).get("mean")) for d in found["taught"]]
             lines.append([name, spread(mean["mean"], mean["interval"]), seeds, "–", "–", "–", "–", *rest])
     return table(lines)
+
+
+def diagnoses(of: dict[str, Any]) -> str:
+    """What was measured before a distillation: means over the seeds, and from the lowest to the highest."""
+    names = ("nll", "kl", "top1", "overlap", "mass", "spread", "clipped")
+    lines = [["stage", "domain", *names, "verdicts"]]
+    for stage, domains in of["diagnoses"].items():
+        for domain, numbers in domains.items():
+            cells = []
+            for values in (list(numbers[name].values()) for name in names):
+                cells.append(f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+            verdicts = list(numbers["verdict"].values())
+            told = ", ".join(f"{v} {verdicts.count(v)}" for v in dict.fromkeys(verdicts))
+            lines.append([stage, domain, *cells, told])
+    return table(lines)
+
+
+def predicted(of: dict[str, Any]) -> str:
+    """Rank correlations of what was measured with what was recovered (predict.py)."""
+    return predict.shown(of["predicted"])
 
 
 def others(of: dict[str, Any]) -> str:
@@ -183,7 +220,7 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-TABLES = {f.__name__: f for f in (accuracy, paired, training, methods, others, ledgers, trials)}
+TABLES = {f.__name__: f for f in (accuracy, paired, training, methods, others, ledgers, trials, diagnoses, predicted)}
 
 
 def filled(page: Path) -> str:
