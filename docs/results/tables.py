@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import predict
+
 from tutelage.report import compare, data, methods_show, stats
 from tutelage.report.read import load
 from tutelage.spec import UserError, suggest
