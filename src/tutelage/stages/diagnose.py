@@ -73,7 +73,7 @@ class Diagnose(Stage):
     outputs: ClassVar[dict[str, Kind]] = {"diagnosis": "data"}
     verb: ClassVar[str] = "measures"
     on_device: ClassVar[bool] = True
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     model: At
     """The student."""

@@ -4,9 +4,9 @@ A *sign* is a number whose whole interval lies on the wrong side of its threshol
 interval the number is *unsure*. Two signs make the verdict ``warm up first``. One does not: any of these numbers alone has
 been wrong of a teacher that taught everything.
 
-The evidence is thin: published runs of much larger models, and a few cases of this project. docs/methods/diagnose.md
-tells it. The teacher's NLL has no threshold: a prototype's teacher with an NLL as bad as that of another lineage transferred
-fully, and the student's own entropy is a part of it.
+The evidence is thin: published runs of much larger models, and this project's studies of very small ones.
+docs/methods/diagnose.md tells it. The teacher's NLL has no threshold: a prototype's teacher with an NLL as bad as that of
+another lineage transferred fully, and the student's own entropy is a part of it.
 
 Leaves out: whether the teacher knows anything that the student does not; only a verifier can tell.
 """
@@ -70,8 +70,9 @@ THRESHOLDS = (
         "mass",
         "mass on shared tokens",
         "below",
-        0.97,
-        "arXiv 2604.13016: the shared tokens hold 97 to 99 % of the probability in runs that work",
+        0.92,
+        "arXiv 2604.13016: the shared tokens hold 97 to 99 % of the probability in runs that work; in this project's studies "
+        "0.94 to 0.96 recovered 72 to 98 %, and 0.91 and less a third or nothing by the sampled token",
     ),
 )
 SIGNS = 2
