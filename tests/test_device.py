@@ -59,6 +59,8 @@ from tutelage.stages.teacher_scores import TeacherScores
 from tutelage.stages.traces import Traces
 from tutelage.store import Store
 
+accelerator.register()  # now: PyTorch counts the devices once a process, at the first backward pass of any test
+torch.__future__.set_swap_module_params_on_conversion(False)
 DEVICES = ["pretend", pytest.param("cuda", marks=pytest.mark.gpu)]
 FAST = AdamW(lr=0.02)
 LOW = LoRA(rank=2, alpha=8)
@@ -67,7 +69,7 @@ TASTE = SingleTurn(verifier=Taste())
 
 @pytest.fixture(autouse=True)
 def swapped():
-    """What `accelerator.register` sets for good is set back: other tests' models would not load under it."""
+    """What `accelerator.register` sets stands for these tests alone: other tests' models would not load under it."""
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield
     torch.__future__.set_swap_module_params_on_conversion(False)
@@ -75,8 +77,6 @@ def swapped():
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    if request.param == accelerator.NAME:
-        accelerator.register()
     return request.param
 
 
@@ -203,7 +203,7 @@ def test_a_stage_makes_on_a_device_what_it_makes_on_the_cpu(name, stores, device
 
 
 def test_a_device_without_fp64_makes_the_same(stores, tmp_path, monkeypatch):
-    where = accelerator.register()
+    where = accelerator.NAME
     monkeypatch.setattr(accelerator, "NARROW", [True])
     monkeypatch.setattr(draw, "NO_FP64", {where})
     with pytest.raises(TypeError, match="float64"):
