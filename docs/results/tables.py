@@ -1,11 +1,11 @@
 """A study's numbers as JSON, and its page's tables from that JSON.
 
-    python docs/results/tables.py collect STORE RUN BASELINE > docs/results/NAME.json
+    python docs/results/tables.py collect STORE RUN BASELINE [ROW=LESS ...] > docs/results/NAME.json
     python docs/results/tables.py write docs/results/NAME.md         fills what stands between its markers from NAME.json
 
 ``collect`` takes what `tutelage report --json` says of a run's rows, and what `tutelage compare --json` says of each row
-against the baseline row. A page holds the lines ``<!-- NAME -->`` it wants, of the names in `TABLES`, each ended by
-``<!-- end -->``. Leaves out: what a table means; the page says that.
+against the baseline row, and of each ROW against LESS. A page holds the lines ``<!-- NAME -->`` it wants, of the names in
+`TABLES`, each ended by ``<!-- end -->``. Leaves out: what a table means; the page says that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,19 @@ LAST = 10
 """Points of a curve that its end is the mean of."""
 
 
-def collect(store: Store, run: str, baseline: str) -> dict[str, Any]:
+def collect(store: Store, run: str, baseline: str, also: Sequence[str] = ()) -> dict[str, Any]:
     found = data.collect(store, run)
     side = {row: compare.side_of_row(store, found["run"], row) for row in found["scores"]}
     pairs = {row: compare.scores(store, side[baseline], side[row])["rows"] for row in side if row != baseline}
     tests = [one for cells in pairs.values() for one in cells]
     for one, p in zip(tests, stats.holm([one["p"] for one in tests]), strict=True):
         one["p_holm"] = p  # over all tests of the study
+    others = {}
+    for pair in also:
+        row, _, less = pair.partition("=")
+        if missing := {row, less} - set(side):
+            raise UserError(f"run {run!r} has no row {min(missing)!r}{suggest(min(missing), side)}")
+        others[row] = {"less": less, "cells": compare.scores(store, side[less], side[row])["rows"]}
     ends: dict[str, Any] = {}
     for stage, curves in found["curves"].items():
         for metric, series in curves.items():
@@ -45,6 +52,7 @@ def collect(store: Store, run: str, baseline: str) -> dict[str, Any]:
     head = {k: found[k] for k in ("run", "recipe", "arguments", "seeds", "seconds")}
     cost = {n: {"flops": c["flops"], "tokens": c["tokens"]} for n, c in found["cost"]["by_stage"].items()}
     told = {"methods": found["methods"]} if found["methods"] else {}
+    told |= {"also": others} if others else {}
     if measured := diagnosed(store, run):
         told |= {"diagnoses": measured, "predicted": predict.predictors(store, run)}
     return {**head, "baseline": baseline, "scores": found["scores"], "paired": pairs, "ends": ends, "cost": cost, **told}
@@ -83,15 +91,23 @@ def accuracy(of: dict[str, Any]) -> str:
 def paired(of: dict[str, Any]) -> str:
     lines = [[f"minus {of['baseline']}", "domain", "difference (95 %)", "seeds above / below", "p", "Holm"]]
     for row, cells in of["paired"].items():
-        for one in cells:
-            low, high = (100 * v for v in one["interval"])
-            base, mine = ({s["seed"]: s["mean"] for s in one["seeds"][side]} for side in ("a", "b"))
-            over, under = (sum((mine[s] - base[s]) * sign > 0 for s in mine if s in base) for sign in (1, -1))
-            test = [chance(one[k]) for k in ("p", "p_holm")]
-            lines.append(
-                [row, one["domain"], f"{100 * one['difference']:+.1f} ({low:+.1f} to {high:+.1f})", f"{over} / {under}", *test]
-            )
+        lines += [[row, *difference(one), *(chance(one[k]) for k in ("p", "p_holm"))] for one in cells]
     return table(lines)
+
+
+def also(of: dict[str, Any]) -> str:
+    """Rows held to others than the baseline."""
+    lines = [["row", "minus", "domain", "difference (95 %)", "seeds above / below", "p"]]
+    for row, found in of["also"].items():
+        lines += [[row, found["less"], *difference(one), chance(one["p"])] for one in found["cells"]]
+    return table(lines)
+
+
+def difference(one: dict[str, Any]) -> list[str]:
+    """Domain, difference with its interval, and the seeds on each side."""
+    base, mine = ({s["seed"]: s["mean"] for s in one["seeds"][side]} for side in ("a", "b"))
+    over, under = (sum((mine[s] - base[s]) * sign > 0 for s in mine if s in base) for sign in (1, -1))
+    return [one["domain"], spread(one["difference"], one["interval"], "+"), f"{over} / {under}"]
 
 
 def training(of: dict[str, Any]) -> str:
@@ -221,7 +237,7 @@ def table(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
 
 
-TABLES = {f.__name__: f for f in (accuracy, paired, training, methods, others, ledgers, trials, diagnoses, predicted)}
+TABLES = {f.__name__: f for f in (accuracy, paired, also, training, methods, others, ledgers, trials, diagnoses, predicted)}
 
 
 def filled(page: Path) -> str:
@@ -244,11 +260,12 @@ def main() -> None:
     collecting = do.add_parser("collect", help="print the JSON of a run")
     for word in ("store", "run", "baseline"):
         collecting.add_argument(word)
+    collecting.add_argument("also", nargs="*", metavar="ROW=LESS")
     do.add_parser("write", help="fill a page").add_argument("page", type=Path)
     given = asked.parse_args()
     try:
         if given.do == "collect":
-            json.dump(collect(Store(given.store, create=False), given.run, given.baseline), sys.stdout, indent=1)
+            json.dump(collect(Store(given.store, create=False), given.run, given.baseline, given.also), sys.stdout, indent=1)
         else:
             given.page.write_text(filled(given.page), "utf-8")
     except (UserError, OSError) as error:

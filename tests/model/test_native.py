@@ -100,6 +100,18 @@ def test_it_reads_weights_that_were_updated_in_place():
 
 
 @built
+def test_it_reads_weights_that_lie_elsewhere_now():
+    model, ids, pos = made("llama"), torch.tensor([7, 9]), torch.tensor([3, 5])
+    step, lean, a, b = both(model, 2, 8)
+    with torch.inference_mode():
+        step(ids, pos, a, 8)
+    for p in model.parameters():
+        p.data = p.data * 0.9
+    with torch.inference_mode():
+        torch.testing.assert_close(step(ids, pos, a, 8), lean(ids, pos, Decode(b, pos, 8), 8), atol=1e-5, rtol=1e-5)
+
+
+@built
 @torch.inference_mode()
 def test_threads_do_not_change_a_bit(monkeypatch):
     def out(threads):
@@ -206,23 +218,28 @@ def test_strided_products_are_pytorchs():
         linear(x, w[:, :8].contiguous())
 
 
+@pytest.fixture
+def anew(monkeypatch):
+    """The library is looked for again, in the test and after it."""
+    native.library.cache_clear()
+    yield
+    monkeypatch.undo()
+    native.library.cache_clear()
+
+
+@built
 @pytest.mark.parametrize("what", ["not a library", "of another version"])
-def test_what_cannot_be_used_is_not(what, monkeypatch, tmp_path):
+def test_what_cannot_be_used_is_not(what, monkeypatch, tmp_path, anew):
     if what == "not a library":
         (tmp_path / "it.so").write_text("no")
         monkeypatch.setattr(native, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "it.so")))
     else:
         monkeypatch.setattr(native, "PARTS", native.PARTS[1:])
-    native.library.cache_clear()
     assert native.library() is None
-    monkeypatch.undo()
-    native.library.cache_clear()
 
 
-def test_without_a_library_products_are_pytorchs(monkeypatch):
+def test_without_a_library_products_are_pytorchs(monkeypatch, anew):
     monkeypatch.setattr(native, "find_spec", lambda name: None)
-    native.library.cache_clear()
     x, w = torch.randn(2, 8), torch.randn(4, 8)
     assert native.library() is None
     assert torch.equal(linear(x, w), torch.nn.functional.linear(x, w))
-    native.library.cache_clear()
